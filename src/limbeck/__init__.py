@@ -1,0 +1,1 @@
+"""Limbeck: knowledge distillation of language models."""

@@ -1,0 +1,66 @@
+"""Batch and Signal: what flows through a training step, and the shape legend of the package.
+
+Shift and mask happen once, where a Batch is made; from here on output losses are flat over scored tokens and hidden losses over
+represented ones. No loss shifts, masks or reduces.
+
+Shape letters: B rows of a batch, T time, N scored tokens, R represented tokens, n a chunk of either, V vocabulary, S support,
+D student width, E teacher width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+TeacherHead = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens of one microbatch.
+
+    `scored` are flat positions (row * T + column) whose *next* token is a target, `targets` those next tokens; `represented` are the flat
+    positions at which hidden states are compared (all real tokens). `sample_ids` and `offsets` say for every token which sample it
+    comes from and where in that sample it stands: a capture is looked up by them. Padding has document id -1.
+    """
+
+    input_ids: Int[Tensor, "b t"]
+    position_ids: Int[Tensor, "b t"]
+    document_ids: Int[Tensor, "b t"]
+    sample_ids: Int[Tensor, "b t"]
+    offsets: Int[Tensor, "b t"]
+    scored: Int[Tensor, " n"]
+    targets: Int[Tensor, " n"]
+    represented: Int[Tensor, " r"]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tokens of each kind that a term may be counted over."""
+        return {"scored": self.scored.numel(), "represented": self.represented.numel()}
+
+    @property
+    def num_tokens(self) -> int:
+        """Real (unpadded) tokens."""
+        return self.represented.numel()
+
+    def to(self, device: torch.device | str) -> Batch:
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What the teacher says about a Batch.
+
+    `output` with `teacher_head` is the dense support: the head maps rows of `output` to logits over the shared vocabulary, so
+    logits exist only for a chunk at a time. `hidden[l]` is the residual stream after block `l` (counted from 0, before the final norm).
+    `observed` is the teacher's own log-probability of each target, for the log.
+    """
+
+    output: Float[Tensor, "n e"] | None = None
+    teacher_head: TeacherHead | None = None
+    hidden: Mapping[int, Float[Tensor, "r e"]] = field(default_factory=dict)
+    observed: Float[Tensor, " n"] | None = None

@@ -1,0 +1,83 @@
+"""Where fetched models and data live, and how their names resolve: a path, then Limbeck's cache, then (for models) the hub.
+
+Fetching is `limbeck.assets`; this module only looks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from limbeck.errors import DataError, ModelError, nearest
+
+
+def cache_dir() -> Path:
+    """`$LIMBECK_CACHE`, else `limbeck` in the user's cache folder."""
+    if chosen := os.environ.get("LIMBECK_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limbeck"
+
+
+def cached_models() -> list[str]:
+    """Names (`owner/model`) of the models in the cache."""
+    root = cache_dir() / "models"
+    return sorted(str(config.parent.relative_to(root)) for config in root.glob("*/*/config.json"))
+
+
+def cached_data() -> list[str]:
+    """Names (`owner/set`) of the data sets in the cache."""
+    root = cache_dir() / "data"
+    return sorted(str(file.relative_to(root).with_suffix("")) for file in root.glob("*/*.jsonl"))
+
+
+def resolve_model(name: str) -> str:
+    """A local folder for `name` where there is one, else `name` itself, to be looked for on the hub by transformers."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model {name!r}: the folder has no config.json; expected a model saved by save_pretrained")
+        return str(path)
+    cached = cache_dir() / "models" / name
+    if (cached / "config.json").is_file():
+        return str(cached)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(f"model {name!r}: no such folder, and not a hub name of the form owner/model{nearest(name, cached_models())}")
+    return name
+
+
+def model_config(name: str, revision: str | None = None) -> dict[str, Any] | None:
+    """The config.json of a model as plain JSON, without torch; None where it is neither local nor in the hub's cache."""
+    resolved = resolve_model(name)
+    path: str | Path | None = Path(resolved) / "config.json"
+    if not Path(resolved).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        hit = try_to_load_from_cache(resolved, "config.json", revision=revision)
+        path = hit if isinstance(hit, str) else None
+    if path is None:
+        return None
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: found {type(config).__name__}, expected a mapping")
+    return config.get("text_config", config) if isinstance(config.get("text_config", config), dict) else config
+
+
+def resolve_data(name: str) -> Path:
+    """The JSON-lines file that `name` means: a path, a data set in the cache, or one shipped with Limbeck."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped_dir = Path(__file__).parent / "data"
+    for candidate in (cache_dir() / "data" / f"{name}.jsonl", shipped_dir / f"{name}.jsonl"):
+        if candidate.is_file():
+            return candidate
+    shipped = [str(file.relative_to(shipped_dir).with_suffix("")) for file in shipped_dir.glob("**/*.jsonl")]
+    siblings = [str(file) for file in path.parent.glob("*.jsonl")] if path.parent.is_dir() else []
+    known = cached_data() + shipped
+    hint = nearest(name, known + siblings) or f"; known data sets: {', '.join(known) or 'none'} (`limbeck assets list` shows what can be fetched)"
+    raise DataError(f"data {name!r}: no such file or data set{hint}")

@@ -1,0 +1,60 @@
+"""What people see while something runs: one rich console on stderr. Standard output is kept for results (`--json`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False)
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0 of the processes that torchrun started (or the only one)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(message: str) -> None:
+    """One line for people, from the main process only."""
+    if is_main_process():
+        console.print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    """A line that a reader should not miss."""
+    if is_main_process():
+        console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+@contextmanager
+def progress(description: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
+    """A progress bar with rate and remaining time; where the console is no terminal, one line at the start and one at the end."""
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=console,
+        disable=not (is_main_process() and console.is_terminal),
+    )
+    if not console.is_terminal:
+        say(f"{description}: {total}")
+    with bar:
+        task = bar.add_task(description, total=total, completed=done, note="")
+        yield ProgressBar(bar, task)
+
+
+class ProgressBar:
+    """The handle that `progress` yields."""
+
+    def __init__(self, bar: Progress, task: object) -> None:
+        self._bar, self._task = bar, task
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self._bar.update(self._task, advance=steps, note=note)  # type: ignore[arg-type]

@@ -1,0 +1,107 @@
+"""Term: one part of an objective. The class is its own config; its tensor maths needs no import of torch until it runs.
+
+A term returns one value per token. Counting, scaling and summing are done once, by the trainer and the learner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from limbeck.spec import Family
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Generator, Tensor, nn
+
+    from limbeck.objectives.support import Dense
+
+Count = Literal["scored", "represented"]
+LayerPairs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective asks of the teacher: its output distribution, and the residual stream after some blocks (from 0)."""
+
+    output: bool = False
+    layers: frozenset[int] = field(default_factory=frozenset)
+
+    @property
+    def anything(self) -> bool:
+        return self.output or bool(self.layers)
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(self.output or other.output, self.layers | other.layers)
+
+
+class Term(Family):
+    """Base of the family of terms."""
+
+    type: str
+    weight: float = Field(1.0, ge=0)
+    """Factor of this term in the loss, per token. A term of weight 0 is dropped before anything runs."""
+
+    count: ClassVar[Count]
+    """Which tokens the term averages over."""
+
+    def needs(self, student_layers: int, teacher_layers: int) -> Needs:
+        """What this term asks of a teacher with that many blocks."""
+        return Needs()
+
+
+class OutputTerm(Term):
+    """A term over the output distribution, evaluated a chunk of scored tokens at a time inside the fused head."""
+
+    count: ClassVar[Count] = "scored"
+    has_gradient: ClassVar[bool] = False
+    """Whether `add_gradient` is a closed form; without one the head uses autograd inside the chunk."""
+
+    def values(self, student: Dense, teacher: Dense | None, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The loss of each token, in nats."""
+        raise NotImplementedError
+
+    def add_gradient(self, grad: Float[Tensor, "n v"], scale: float, student: Dense, teacher: Dense | None, targets: Int[Tensor, " n"]) -> None:
+        """Add `scale` times d(sum of values)/d(student logits) to `grad` in place."""
+        raise NotImplementedError
+
+
+class HiddenTerm(Term):
+    """A term over hidden states of mapped layers, at the represented tokens."""
+
+    count: ClassVar[Count] = "represented"
+
+    def layer_pairs(self, student_layers: int, teacher_layers: int) -> LayerPairs:
+        """(student block, teacher block) pairs, counted from 0."""
+        raise NotImplementedError
+
+    def projections(self, num_pairs: int, student_width: int, teacher_width: int, generator: Generator) -> nn.ModuleList:
+        """Trained maps from student to teacher width, one per pair; empty where none is wanted."""
+        raise NotImplementedError
+
+    def values(
+        self, student: Sequence[Float[Tensor, "r d"]], teacher: Sequence[Float[Tensor, "r e"]], projections: nn.ModuleList
+    ) -> Float[Tensor, " r"]:
+        """The loss of each token, averaged over the pairs."""
+        raise NotImplementedError
+
+
+def active(objective: Sequence[Term]) -> dict[str, Term]:
+    """Terms of positive weight by the key under which they are scaled and logged: the `type`, numbered where it repeats."""
+    terms: dict[str, Term] = {}
+    for term in objective:
+        same = sum(other.type == term.type for other in terms.values())
+        if term.weight > 0:
+            terms[term.type if not same else f"{term.type}_{same + 1}"] = term
+    return terms
+
+
+def needs_of(terms: Mapping[str, Term], student_layers: int, teacher_layers: int) -> Needs:
+    """What all terms together ask of the teacher."""
+    total = Needs()
+    for term in terms.values():
+        total |= term.needs(student_layers, teacher_layers)
+    return total

@@ -1,0 +1,121 @@
+"""Run: a directory that explains itself and can be read without torch.
+
+    recipe.json        the resolved recipe                      environment.json   versions, machine, command
+    data.json          what was trained on: counts, hashes      metrics.jsonl      one object per optimizer step
+    checkpoints/       see checkpoint.py                        evals/NAME.json    one benchmark result each
+    student/           the trained model, for any HF tool       run.json           status, totals, timings
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from limbeck.errors import RunError
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's directory. Reading never writes; `write_json` replaces a file atomically."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def student(self) -> Path:
+        return self.path / "student"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.read_json("run.json", {}).get("status") == "finished"
+
+    def read_json(self, name: str, default: Any = None) -> Any:
+        """The JSON in a file of the run; `default` where it does not exist (an error where there is no default)."""
+        file = self.path / name
+        if not file.is_file():
+            if default is not None:
+                return default
+            raise RunError(f"{file}: no such file; expected a run directory written by `limbeck train`")
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RunError(f"{file}: not readable as JSON: {error}") from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_json(self.path / name, value)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
+        return list(_complete_lines(self.metrics_file))
+
+    def evals(self) -> dict[str, dict[str, Any]]:
+        """Benchmark results by benchmark name."""
+        return {file.stem: self.read_json(f"evals/{file.name}") for file in sorted((self.path / "evals").glob("*.json"))}
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one, also after a crash."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=2, ensure_ascii=False, allow_nan=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+    fsync_dir(file.parent)
+
+
+def fsync_dir(path: Path) -> None:
+    """Make a rename in `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the machine's shape; no host name, user name or environment variable."""
+    packages = ("limbeck", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
+    versions = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": platform.platform(terse=True),
+        "machine": platform.machine(),
+        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _complete_lines(file: Path) -> Iterator[dict[str, Any]]:
+    if not file.is_file():
+        return
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return

@@ -1,0 +1,57 @@
+"""Teacher: who scores the tokens. The spec is torch-free; `open` gives a Scorer that turns a Batch into a Signal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from limbeck.objectives.base import Needs
+from limbeck.spec import Family
+from limbeck.tokens.sample import Sample
+
+if TYPE_CHECKING:
+    from limbeck.batch import Batch, Signal
+
+
+@dataclass(frozen=True)
+class Provides:
+    """What a teacher can say, as far as it is known without loading it.
+
+    `layers` are the blocks whose states it can give; None where that is not known before it is loaded. `width` is E.
+    """
+
+    output: bool = False
+    layers: frozenset[int] | None = frozenset()
+    num_layers: int | None = None
+    width: int | None = None
+
+
+class Scorer(Protocol):
+    """An opened teacher."""
+
+    name: str
+    num_layers: int
+    width: int
+
+    def score(self, batch: Batch) -> Signal:
+        """The Signal for a batch, with the fields that were asked for when the teacher was opened."""
+        ...
+
+    def require(self, samples: Sequence[Sample]) -> None:
+        """Refuse samples that this teacher cannot score (a capture that lacks them); says the share missing."""
+        ...
+
+
+class Teacher(Family):
+    """Base of the family of teachers."""
+
+    type: str
+
+    def provides(self) -> Provides:
+        """What this teacher can say; torch-free."""
+        return Provides()
+
+    def open(self, tokenizer: Any, needs: Needs, device: str = "cpu") -> Scorer:
+        """Load it for batches made with `tokenizer` (the student's). Refuses another vocabulary."""
+        raise NotImplementedError
