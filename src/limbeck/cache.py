@@ -79,5 +79,8 @@ def resolve_data(name: str) -> Path:
     shipped = [str(file.relative_to(shipped_dir).with_suffix("")) for file in shipped_dir.glob("**/*.jsonl")]
     siblings = [str(file) for file in path.parent.glob("*.jsonl")] if path.parent.is_dir() else []
     known = cached_data() + shipped
-    hint = nearest(name, known + siblings) or f"; known data sets: {', '.join(known) or 'none'} (`limbeck assets list` shows what can be fetched)"
+    hint = (
+        nearest(name, known + siblings)
+        or f"; known data sets: {', '.join(known) or 'none'} (`limbeck assets list` shows what can be fetched)"
+    )
     raise DataError(f"data {name!r}: no such file or data set{hint}")

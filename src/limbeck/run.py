@@ -1,9 +1,9 @@
 """Run: a directory that explains itself and can be read without torch.
 
-    recipe.json        the resolved recipe                      environment.json   versions, machine, command
-    data.json          what was trained on: counts, hashes      metrics.jsonl      one object per optimizer step
-    checkpoints/       see checkpoint.py                        evals/NAME.json    one benchmark result each
-    student/           the trained model, for any HF tool       run.json           status, totals, timings
+recipe.json        the resolved recipe                      environment.json   versions, machine, command
+data.json          what was trained on: counts, hashes      metrics.jsonl      one object per optimizer step
+checkpoints/       see checkpoint.py                        evals/NAME.json    one benchmark result each
+student/           the trained model, for any HF tool       run.json           status, totals, timings
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class _Member:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         members = tuple(self.family.members.values())
-        one_of = members[0] if len(members) == 1 else Annotated[Union[members], Field(discriminator="type")]
+        one_of = members[0] if len(members) == 1 else Annotated[members, Field(discriminator="type")]
         return handler(TypeAdapter(one_of).core_schema)
 
 
@@ -190,7 +190,11 @@ def _owner(cls: type[BaseModel], tree: Any, loc: tuple[Any, ...]) -> type[BaseMo
             marker = next((m for m in field.metadata if isinstance(m, _Member)), None) if field else None
         else:
             marker = None
-        node = node[part] if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int) and part < len(node)) else None
+        node = (
+            node[part]
+            if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int) and part < len(node))
+            else None
+        )
         current = _resolve(current, marker, node, part)
     return current if isinstance(current, type) and issubclass(current, BaseModel) else None
 
@@ -210,4 +214,3 @@ def _resolve(annotation: Any, marker: _Member | None, node: Any, part: Any) -> A
         kind = node.get("type") if isinstance(node, dict) else None
         return annotation.members.get(str(kind), annotation)
     return annotation
-

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from limbeck.spec import Family
 
 if TYPE_CHECKING:
-    from limbeck.teachers.base import Scorer
+    from limbeck.teachers.base import Teacher
+    from limbeck.tokens.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,10 @@ class Item:
 class Metric:
     """A metric over all items. `chance` is what guessing scores, where that is defined."""
 
-    value: float
+    value: float | None
+    """None where no item counts."""
     stderr: float | None
+    """Standard error over items; None where it is not defined."""
     num_items: int
     higher_is_better: bool
     chance: float | None = None
@@ -55,12 +58,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under test: an HF causal LM in eval mode with its tokenizer, and the opened teacher where one is needed."""
+    """The model under test: an HF causal LM in eval mode with its tokenizer, and the teacher that it is compared with, if any."""
 
     model: Any
     tokenizer: Any
     device: str = "cpu"
-    teacher: Scorer | None = None
+    teacher: Teacher | None = None
 
 
 class Benchmark(Family):
@@ -84,6 +87,10 @@ class Benchmark(Family):
         """Grade every case."""
         raise NotImplementedError
 
+    def samples(self, tokenizer: Any) -> list[Sample]:
+        """What a teacher is asked to score here, so that a capture can hold it; nothing for most benchmarks."""
+        return []
+
     def metrics(self, items: Sequence[Item]) -> dict[str, Metric]:
         """Metrics over items; override where one is not a ratio of sums (ECE)."""
         return {name: ratio(items, name, better) for name, better in self.higher_is_better.items()}
@@ -94,7 +101,7 @@ def ratio(items: Sequence[Item], name: str, higher_is_better: bool, chance: floa
     pairs = [(item.sums[name], item.counts[name]) for item in items if item.counts.get(name)]
     total, count = math.fsum(s for s, _ in pairs), math.fsum(c for _, c in pairs)
     if not count:
-        return Metric(float("nan"), None, 0, higher_is_better, chance)
+        return Metric(None, None, 0, higher_is_better, chance)
     value, n = total / count, len(pairs)
     squares = math.fsum((s - value * c) ** 2 for s, c in pairs)
     stderr = math.sqrt(squares * n / (n - 1)) / count if n > 1 else None

@@ -64,7 +64,9 @@ class OutputTerm(Term):
         """The loss of each token, in nats."""
         raise NotImplementedError
 
-    def add_gradient(self, grad: Float[Tensor, "n v"], scale: float, student: Dense, teacher: Dense | None, targets: Int[Tensor, " n"]) -> None:
+    def add_gradient(
+        self, grad: Float[Tensor, "n v"], scale: float, student: Dense, teacher: Dense | None, targets: Int[Tensor, " n"]
+    ) -> None:
         """Add `scale` times d(sum of values)/d(student logits) to `grad` in place."""
         raise NotImplementedError
 

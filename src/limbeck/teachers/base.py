@@ -33,6 +33,8 @@ class Scorer(Protocol):
     name: str
     num_layers: int
     width: int
+    vocabulary: int
+    """Tokens shared with the student; the teacher's distribution is over these."""
 
     def score(self, batch: Batch) -> Signal:
         """The Signal for a batch, with the fields that were asked for when the teacher was opened."""

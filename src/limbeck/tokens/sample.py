@@ -18,7 +18,7 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     prompt: str | None = None
     completion: str | None = None
-    where: str = ""
+    where: str = "conversation"
 
 
 @dataclass(frozen=True)

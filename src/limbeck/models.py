@@ -1,0 +1,164 @@
+"""HF causal language models: loading and saving, and the three parts that a training step needs (backbone, blocks, head).
+
+Nothing here knows of losses or data. Weights are loaded from safetensors only; code from a model's repository is never run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.cache import cached_models, resolve_model
+from limbeck.errors import ModelError, nearest
+from limbeck.objectives.head import Head
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_model(name: str, dtype: str = "float32", revision: str | None = None, device: str = "cpu") -> Any:
+    """A causal LM by folder, cached name or hub name, in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    source = resolve_model(name)
+    with _named(name, "model"), _quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], revision=revision, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+        )
+    return model.eval().to(device)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer beside a model."""
+    from transformers import AutoTokenizer
+
+    source = resolve_model(name)
+    with _named(name, "tokenizer"), _quiet():
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+
+
+def save_model(model: Any, tokenizer: Any, path: Path) -> None:
+    """An HF folder that `AutoModelForCausalLM.from_pretrained` and `pipeline` load where Limbeck is not installed."""
+    with _quiet():
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and float32 values of tensors, independent of their order."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().float().contiguous().cpu()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def backbone(model: Any) -> nn.Module:
+    """The part of a causal LM that ends in the last hidden state (after the final norm)."""
+    decoder = model.get_decoder()
+    if decoder is None or decoder is model:
+        raise ModelError(f"{type(model).__name__}: found no decoder below it, expected a causal language model of transformers")
+    return decoder  # type: ignore[no-any-return]
+
+
+def blocks(model: Any) -> nn.ModuleList:
+    """The transformer blocks in order: the one ModuleList of the backbone whose length the config states."""
+    found = [(name, child) for name, child in backbone(model).named_children() if isinstance(child, nn.ModuleList)]
+    matching = [(name, child) for name, child in found if len(child) == model.config.get_text_config().num_hidden_layers]
+    if len(matching) != 1:
+        raise ModelError(
+            f"{type(model).__name__}: found block lists {[(name, len(child)) for name, child in found]}, "
+            f"expected one of length {model.config.get_text_config().num_hidden_layers}"
+        )
+    return matching[0][1]
+
+
+def forward(model: Any, batch_ids: Tensor, position_ids: Tensor, layers: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+    """Last hidden state `[B, T, D]` and the residual stream after the given blocks, each `[B, T, D]`.
+
+    No cache: with one, documents that only position ids keep apart would see each other. States are taken by hooks, so that the
+    unmapped ones are not kept.
+    """
+    kept: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            kept[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [blocks(model)[layer].register_forward_hook(keep(layer)) for layer in layers]
+    try:
+        output = backbone(model)(input_ids=batch_ids, position_ids=position_ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output.last_hidden_state, kept
+
+
+def head(model: Any) -> Head:
+    """The output head of a causal LM, with its factor and soft cap. Untested heads are refused by `verify_head`."""
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise ModelError(f"{type(model).__name__}: found no output head, expected a causal language model")
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) * float(getattr(config, "lm_head_multiplier", None) or 1.0)
+    if divisor := getattr(config, "logits_scaling", None):
+        scale /= float(divisor)
+    return Head(layer.weight, getattr(layer, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def verify_head(model: Any) -> None:
+    """Compare `head(model)` on the backbone's output with the model's own logits, once at load; refuse a mismatch."""
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 9, device=device)[None] % model.config.get_text_config().vocab_size
+    positions = torch.arange(8, device=device)[None]
+    expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+    found = head(model)(forward(model, ids, positions)[0].flatten(0, 1))
+    difference = (found - expected.flatten(0, 1)).abs().max().item()
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    if not difference <= tolerance * max(expected.abs().max().item(), 1.0):
+        raise ModelError(
+            f"{type(model).__name__}: its logits differ by {difference:.3g} from its head applied to its last hidden state; "
+            "expected a linear head with an optional factor and soft cap. This architecture's head is not supported"
+        )
+
+
+@contextmanager
+def _named(name: str, what: str) -> Iterator[None]:
+    """transformers' errors about a missing or broken model, as one message that names the model."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        hint = (
+            nearest(name, cached_models())
+            or "; expected a folder saved by save_pretrained, a name in Limbeck's cache (`limbeck assets list`), or a hub name"
+        )
+        raise ModelError(f"{what} {name!r} cannot be loaded{hint}\n  cause: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # safetensors and hub errors have no common base
+        raise ModelError(
+            f"{what} {name!r} cannot be loaded\n  cause: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' own progress bars and warnings off while a model is read or written."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

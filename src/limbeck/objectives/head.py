@@ -1,0 +1,194 @@
+"""The output head and the output terms, a chunk of scored tokens at a time.
+
+`fused` computes the gradient in the chunk's forward: logits live only for one chunk, nothing is kept for backward but the ready
+gradients of hidden states and head weight, and a scored token costs three head matmuls. Because a ready gradient cannot be
+re-weighted later, the terms' scales go in. `plain` is the same mathematics by autograd over all rows at once: the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from limbeck.batch import Signal
+from limbeck.objectives.base import OutputTerm
+from limbeck.objectives.support import Dense
+
+OutputTerms = Mapping[str, OutputTerm]
+LIVE_BUFFERS = 5
+"""Tensors of a chunk's [n, V] that are alive at once (student and teacher log-probabilities and probabilities, and the gradient)."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head `rows [n, D] -> logits [n, V]`: a linear map, then an optional factor, then an optional soft cap `c tanh(z / c)`."""
+
+    weight: Float[Tensor, "v d"]
+    bias: Float[Tensor, " v"] | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def __call__(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        bias = None if self.bias is None else self.bias.to(rows.dtype)
+        logits = torch.nn.functional.linear(rows, self.weight.to(rows.dtype), bias).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+    def slope(self, logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"] | float:
+        """d(logits)/d(output of the linear map), from the logits."""
+        return self.scale if self.soft_cap is None else self.scale * (1 - (logits / self.soft_cap) ** 2)
+
+    def cut(self, num_tokens: int) -> Head:
+        """The head without the padded rows of its vocabulary: they are no tokens and get no probability."""
+        if num_tokens > self.weight.shape[0]:
+            raise ValueError(f"a head of {self.weight.shape[0]} rows has no row for token {num_tokens - 1}")
+        return Head(self.weight[:num_tokens], None if self.bias is None else self.bias[:num_tokens], self.scale, self.soft_cap)
+
+
+def num_chunks(max_rows: int, vocabulary: int, memory_mb: int) -> int:
+    """Chunks for which a microbatch of `max_rows` scored tokens stays within `memory_mb`. Depends on the recipe only: every rank
+    calls the head equally often, also with an empty microbatch."""
+    rows_per_chunk = max(memory_mb * 2**20 // (LIVE_BUFFERS * 4 * vocabulary), 1)
+    return max(-(-max_rows // rows_per_chunk), 1)
+
+
+def fused(
+    hidden: Float[Tensor, "n d"],
+    head: Head,
+    targets: Int[Tensor, " n"],
+    signal: Signal,
+    terms: OutputTerms,
+    scales: Mapping[str, float],
+    chunks: int,
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """The scaled sum of all output terms, which carries the gradient, and the detached unscaled sum of each."""
+    loss, stacked = _FusedHead.apply(hidden, head.weight, head.bias, head, targets, signal, terms, scales, chunks)
+    return loss, dict(zip(_sum_keys(terms, signal), stacked.unbind(), strict=True))
+
+
+def plain(
+    hidden: Float[Tensor, "n d"], head: Head, targets: Int[Tensor, " n"], signal: Signal, terms: OutputTerms, scales: Mapping[str, float]
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """The same by autograd, with the logits of all rows alive: the reference for `fused`, and for new terms."""
+    student, teacher = Dense(head(hidden)), _teacher(signal, slice(None))
+    values = {key: term.values(student, teacher, targets) for key, term in terms.items()}
+    loss = sum((value.sum() * scales[key] for key, value in values.items()), hidden.sum() * 0.0)
+    sums = {key: value.detach().sum() for key, value in values.items()}
+    if teacher is not None:
+        sums["teacher_nll"] = _nll(teacher, targets)
+    return loss, sums
+
+
+def _sum_keys(terms: OutputTerms, signal: Signal) -> list[str]:
+    return [*terms, *(["teacher_nll"] if signal.output is not None else [])]
+
+
+def _teacher(signal: Signal, rows: Tensor | slice) -> Dense | None:
+    if signal.output is None or signal.teacher_head is None:
+        return None
+    with torch.no_grad():
+        return Dense(signal.teacher_head(signal.output[rows]), in_place=True)
+
+
+def _nll(teacher: Dense, targets: Tensor) -> Tensor:
+    """Sum of the teacher's negative log-likelihood of the targets: its own fit of the data, logged beside the losses."""
+    return -teacher.log_probs().gather(-1, targets[:, None]).sum()
+
+
+class _FusedHead(torch.autograd.Function):
+    """Loss and its ready gradients. Inputs that need no gradient (a frozen head) cost none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        targets: Tensor,
+        signal: Signal,
+        terms: OutputTerms,
+        scales: Mapping[str, float],
+        chunks: int,
+    ) -> tuple[Tensor, Tensor]:
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants_any = wants_hidden or wants_weight or wants_bias
+        # Inside forward the arguments are detached; the head is rebuilt on them so that no graph is recorded, also under FSDP.
+        head = Head(weight, bias, head.scale, head.soft_cap)
+        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        grad_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
+        keys = _sum_keys(terms, signal)
+        sums = torch.zeros(len(keys), device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in torch.arange(hidden.shape[0], device=hidden.device).tensor_split(chunks):
+                if not rows.numel():
+                    continue
+                chunk = slice(int(rows[0]), int(rows[-1]) + 1)
+                grad, chunk_sums = _chunk(head, hidden[chunk], targets[chunk], _teacher(signal, chunk), terms, scales, wants_any)
+                sums += chunk_sums
+                if grad is None:
+                    continue
+                grad = grad.to(hidden.dtype)
+                if grad_hidden is not None:
+                    torch.mm(grad, weight.to(grad.dtype), out=grad_hidden[chunk])
+                if grad_weight is not None:
+                    _add_matmul(grad_weight, grad.T, hidden[chunk])
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        scale_of = torch.tensor([scales.get(key, 0.0) for key in keys], device=hidden.device)
+        ctx.mark_non_differentiable(sums)
+        return (sums * scale_of).sum(), sums
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        factor = upstream[0]
+        ready = [None if grad is None else grad * factor.to(grad.dtype) for grad in ctx.saved_tensors]
+        return (*ready, None, None, None, None, None, None)
+
+
+def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in place where the dtypes agree (bf16 rows against a float32 master weight do not)."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += (left @ right).to(total.dtype)
+
+
+def _chunk(
+    head: Head, rows: Tensor, targets: Tensor, teacher: Dense | None, terms: OutputTerms, scales: Mapping[str, float], wants_grad: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Gradient of the scaled loss w.r.t. the head's linear output (None where not wanted), and the sums of `_sum_keys`."""
+    logits = head(rows)
+    slope = head.slope(logits) if wants_grad else 1.0
+    by_autograd = {key: term for key, term in terms.items() if not term.has_gradient}
+    sums: dict[str, Tensor] = {}
+    grad = torch.zeros_like(logits) if wants_grad else None
+    if by_autograd:
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_(wants_grad)
+            student = Dense(leaf)
+            values = {key: term.values(student, teacher, targets).sum() for key, term in by_autograd.items()}
+            sums.update({key: value.detach() for key, value in values.items()})
+            if grad is not None:
+                (grad,) = torch.autograd.grad(sum(value * scales[key] for key, value in values.items()), leaf)
+    closed = {key: term for key, term in terms.items() if term.has_gradient}
+    if closed:
+        student = Dense(logits, in_place=True)
+        for key, term in closed.items():
+            sums[key] = term.values(student, teacher, targets).sum()
+            if grad is not None:
+                term.add_gradient(grad, scales[key], student, teacher, targets)
+    if teacher is not None:
+        sums["teacher_nll"] = _nll(teacher, targets)
+    if grad is not None and not (isinstance(slope, float) and slope == 1.0):
+        grad = grad.mul_(slope)
+    order = [*terms, *(["teacher_nll"] if teacher is not None else [])]
+    return grad, torch.stack([sums[key] for key in order])

@@ -1,0 +1,89 @@
+"""Hidden-state distillation: the residual streams of mapped blocks are drawn together, through trained projections where widths differ.
+
+Which blocks are mapped is decided here; the states themselves come from the learner (student) and the signal (teacher).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, field_validator
+
+from limbeck.errors import RecipeError
+from limbeck.objectives.base import HiddenTerm, LayerPairs, Needs
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Generator, Tensor, nn
+
+
+class Hidden(HiddenTerm):
+    """A distance between projected student states and teacher states, averaged over features and pairs.
+
+    mse: mean((P h_S - h_T)^2) (TinyBERT, 1909.10351); cosine: 1 - cos(P h_S, h_T) (DistilBERT, 1910.01108).
+    """
+
+    type: Literal["hidden"] = "hidden"
+    measure: Literal["mse", "cosine"] = "mse"
+    """`mse` also matches sizes of features, `cosine` only directions."""
+    normalize: Literal["layer_norm", "none"] = "layer_norm"
+    """`layer_norm` brings each state to mean 0 and variance 1 first. Without it a few outlier features of a language model are all that `mse` sees."""
+    pairs: Literal["uniform"] | list[tuple[int, int]] = "uniform"
+    """`uniform` spreads the student's blocks evenly over the teacher's, the last block included; or a list of [student block, teacher block], from 0."""
+    num_pairs: int | None = Field(None, gt=0)
+    """How many pairs `uniform` makes, spread over the depth; all of the student's blocks where it is not set. A capture stores only mapped blocks."""
+
+    @field_validator("pairs")
+    @classmethod
+    def _sane(cls, pairs: Literal["uniform"] | list[tuple[int, int]]) -> Literal["uniform"] | list[tuple[int, int]]:
+        if pairs == "uniform":
+            return pairs
+        if not pairs or any(block < 0 for pair in pairs for block in pair):
+            raise ValueError(f"found {pairs}, expected `uniform` or at least one [student block, teacher block], counted from 0")
+        if len(set(pairs)) != len(pairs):
+            raise ValueError(f"found the same pair twice in {pairs}")
+        return pairs
+
+    def layer_pairs(self, student_layers: int, teacher_layers: int) -> LayerPairs:
+        if self.pairs == "uniform":
+            wanted = min(self.num_pairs or student_layers, student_layers)
+            blocks = [(i + 1) * student_layers // wanted - 1 for i in range(wanted)]
+            return tuple((block, max(round((block + 1) * teacher_layers / student_layers) - 1, 0)) for block in blocks)
+        for student, teacher in self.pairs:
+            for who, block, layers in (("student", student, student_layers), ("teacher", teacher, teacher_layers)):
+                if block >= layers:
+                    raise RecipeError(f"objective.hidden.pairs: found {who} block {block}, expected 0 to {layers - 1}")
+        return tuple(self.pairs)
+
+    def needs(self, student_layers: int, teacher_layers: int) -> Needs:
+        return Needs(layers=frozenset(teacher for _, teacher in self.layer_pairs(student_layers, teacher_layers)))
+
+    def projections(self, num_pairs: int, student_width: int, teacher_width: int, generator: Generator) -> nn.ModuleList:
+        """One linear map per pair where the widths differ, drawn from `generator` so that every rank and every run starts alike."""
+        from torch import nn
+
+        maps = nn.ModuleList()
+        for _ in range(num_pairs if student_width != teacher_width else 0):
+            linear = nn.Linear(student_width, teacher_width, bias=False)
+            nn.init.normal_(linear.weight, std=student_width**-0.5, generator=generator)
+            maps.append(linear)
+        return maps
+
+    def values(
+        self, student: Sequence[Float[Tensor, "r d"]], teacher: Sequence[Float[Tensor, "r e"]], projections: nn.ModuleList
+    ) -> Float[Tensor, " r"]:
+        per_pair = []
+        for index, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
+            projected = projections[index](ours) if len(projections) else ours
+            per_pair.append(self._distance(projected.float(), theirs.float()))
+        return sum(per_pair[1:], per_pair[0]) / len(per_pair)
+
+    def _distance(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        from torch.nn import functional
+
+        if self.normalize == "layer_norm":
+            ours, theirs = (functional.layer_norm(state, state.shape[-1:]) for state in (ours, theirs))
+        if self.measure == "cosine":
+            return 1 - functional.cosine_similarity(ours, theirs, dim=-1)
+        return (ours - theirs).square().mean(-1)

@@ -1,0 +1,198 @@
+"""Recipe: everything that defines one run, in one YAML file. Torch-free: every error of a recipe comes before a model is loaded.
+
+Sections check themselves; what spans sections (does this teacher give what that objective needs?) is checked here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from limbeck.errors import LimbeckError, RecipeError
+from limbeck.evaluate import Benchmark
+from limbeck.objectives import HiddenTerm, Needs, OutputTerm, Term
+from limbeck.objectives.base import active, needs_of
+from limbeck.optim import Optimizer
+from limbeck.sources import DatasetSource, Source
+from limbeck.spec import Spec, load_yaml, member_of, override, validate
+from limbeck.student import Student
+from limbeck.teachers import NoTeacher, Teacher
+
+
+class Train(Spec):
+    """How the student is trained."""
+
+    steps: int | None = Field(None, gt=0)
+    """Optimizer steps. Give this or `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data, rounded up to whole steps."""
+    batch_size: int = Field(8, gt=0)
+    """Conversations per optimizer step, over all processes. Changes what is learned; `micro_batch_size` does not."""
+    micro_batch_size: int = Field(1, gt=0)
+    """Conversations per forward in each process: as many as fit in memory. The result does not depend on it."""
+    optimizer: Optimizer = Optimizer()
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16` is autocast over float32 weights and optimizer state; use it where the hardware has it."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+    head: Literal["fused", "plain"] = "fused"
+    """`fused` computes the head's gradient a chunk at a time; `plain` is the reference by autograd, with all logits in memory."""
+    head_memory_mb: int = Field(512, gt=0)
+    """Memory for the logits of a chunk, student's and teacher's with their gradients. Fixes the number of chunks for the whole run."""
+    checkpoint_every: int | None = Field(None, gt=0)
+    """Steps between checkpoints; none are written where it is not set, and a run that is stopped starts over."""
+    keep_checkpoints: int = Field(1, ge=0)
+    """Checkpoints kept. 0 keeps the newest one only until the run has finished."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"found {'both steps and epochs' if self.steps else 'neither steps nor epochs'}, expected one of them")
+        return self
+
+
+class Capture(Spec):
+    """What `limbeck capture` writes. It walks the source, and the texts on which `evaluate` asks the teacher."""
+
+    path: str
+    """The store's folder."""
+    batch_size: int = Field(8, gt=0)
+    """Conversations per forward of the teacher."""
+    layers: list[int] | None = None
+    """Teacher blocks whose states are kept, from 0; those that the objective maps where it is not set."""
+    samples_per_shard: int = Field(256, gt=0)
+    """Conversations per file: what a kill can cost."""
+
+
+class Recipe(Spec):
+    """One run."""
+
+    student: Student | None = None
+    """The model to be trained; a recipe that only captures needs none."""
+    teacher: member_of(Teacher) = NoTeacher()  # type: ignore[valid-type]
+    """Who scores the tokens."""
+    source: member_of(Source)  # type: ignore[valid-type]
+    """Who writes the tokens."""
+    objective: list[member_of(Term)] = []  # type: ignore[valid-type]
+    """The weighted terms of the loss."""
+    train: Train | None = None
+    evaluate: list[member_of(Benchmark)] = []  # type: ignore[valid-type]
+    """Benchmarks of the trained student."""
+    capture: Capture | None = None
+    seed: int = Field(0, ge=0)
+    """Fixes data order and projections; the same seed gives the same run."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        names = [benchmark.key for benchmark in self.evaluate]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"evaluate: found {sorted(repeated)[0]!r} twice; give one of them another `name`")
+        if needy := [benchmark.key for benchmark in self.evaluate if benchmark.needs_teacher and not self.teacher.provides().output]:
+            raise ValueError(
+                f"evaluate: {needy[0]!r} compares with a teacher, and teacher is {self.teacher.type!r}; set teacher, or remove it"
+            )
+        check_objective(self)
+        return self
+
+    @property
+    def terms(self) -> dict[str, Term]:
+        """Terms of positive weight by key."""
+        return active(self.objective)
+
+    def for_training(self) -> tuple[Student, Train]:
+        """The sections that training needs."""
+        for key, value in (("student", self.student), ("train", self.train), ("objective", self.objective or None)):
+            if value is None:
+                raise RecipeError(f"{key}: missing; expected it in a recipe that trains")
+        assert self.student is not None and self.train is not None
+        return self.student, self.train
+
+    def for_capture(self) -> tuple[Capture, Needs]:
+        """The capture section, and what is to be captured of the source."""
+        if self.capture is None:
+            raise RecipeError("capture: missing; expected a section with the `path` of the store to write")
+        if self.teacher.type != "model":
+            raise RecipeError(f"teacher.type: found {self.teacher.type!r}, expected 'model': only a live teacher can be captured")
+        provided = self.teacher.provides()
+        layers = self.capture.layers
+        if layers is None:
+            shape = self.student.shape() if self.student else None
+            layers = sorted(needs_of(self.terms, shape[0], provided.num_layers).layers) if shape and provided.num_layers else []
+        if provided.layers is not None and (beyond := sorted(set(layers) - provided.layers)):
+            raise RecipeError(f"capture.layers: found {beyond[0]}, expected 0 to {max(provided.layers)}, the teacher's blocks")
+        return self.capture, Needs(output=True, layers=frozenset(layers))
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved recipe: every default spelled out."""
+        return dict(json.loads(self.model_dump_json()))
+
+
+def check_objective(recipe: Recipe) -> None:
+    """Refuse a teacher that lacks what the terms need, and say what to set instead."""
+    if recipe.objective and not recipe.terms:
+        raise ValueError("objective: every weight is 0; expected at least one term with a positive weight")
+    provided = recipe.teacher.provides()
+    for key, term in recipe.terms.items():
+        asks_output = isinstance(term, OutputTerm) and term.needs(1, 1).output
+        if (asks_output and not provided.output) or (isinstance(term, HiddenTerm) and provided.layers == frozenset()):
+            raise ValueError(
+                f"objective: the {key!r} term needs a teacher's {'output' if asks_output else 'hidden states'}, and teacher type "
+                f"{recipe.teacher.type!r} gives none; set teacher to {{type: model, model: NAME}} or to a capture "
+                "{type: store, path: FOLDER} with it, or remove the term"
+            )
+    check_layers(recipe)
+
+
+def check_layers(recipe: Recipe) -> None:
+    """Layer and width checks from config.json alone, where the configs are at hand; the same are made again on the loaded models."""
+    provided = recipe.teacher.provides()
+    shape = recipe.student.shape() if recipe.student else None
+    if not shape:
+        return
+    for key, term in recipe.terms.items():
+        if not isinstance(term, HiddenTerm) or provided.num_layers is None:
+            continue
+        try:
+            pairs = term.layer_pairs(shape[0], provided.num_layers)
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+        if provided.layers is not None and (lacking := sorted({teacher for _, teacher in pairs} - provided.layers)):
+            raise ValueError(
+                f"objective: the {key!r} term maps teacher blocks {lacking}, the capture holds {sorted(provided.layers)}; capture again with capture.layers, or map those"
+            )
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with `key.path=value` overrides."""
+    return parse_recipe(load_yaml(path, overrides), str(path))
+
+
+def parse_recipe(tree: dict[str, Any] | Recipe, where: str = "recipe", overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe from a mapping (or one that is already parsed)."""
+    if isinstance(tree, Recipe):
+        tree = tree.to_json() if overrides else tree
+    if isinstance(tree, Recipe):
+        return tree
+    return validate(Recipe, override(tree, overrides), where)
+
+
+def check_files(recipe: Recipe) -> list[str]:
+    """What a recipe names that is not there (data, models that are neither local nor a hub name); messages, empty where all is well."""
+    from limbeck.cache import resolve_data, resolve_model
+
+    problems = []
+    checks: list[tuple[Any, str]] = [(resolve_model, recipe.student.model)] if recipe.student else []
+    if model := getattr(recipe.teacher, "model", None):
+        checks.append((resolve_model, model))
+    if isinstance(recipe.source, DatasetSource):
+        checks += [(resolve_data, name) for name in recipe.source.names]
+    for look, name in checks:
+        try:
+            look(name)
+        except LimbeckError as error:
+            problems.append(str(error))
+    return problems

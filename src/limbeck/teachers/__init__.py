@@ -1,0 +1,8 @@
+"""Teachers: who scores the tokens."""
+
+from limbeck.teachers.base import Provides, Scorer, Teacher
+from limbeck.teachers.model import ModelTeacher
+from limbeck.teachers.none import NoTeacher
+from limbeck.teachers.store import StoreTeacher
+
+__all__ = ["ModelTeacher", "NoTeacher", "Provides", "Scorer", "StoreTeacher", "Teacher"]

@@ -1,0 +1,85 @@
+"""A live teacher: a frozen causal LM in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from limbeck.cache import model_config
+from limbeck.objectives.base import Needs
+from limbeck.teachers.base import Provides, Teacher
+from limbeck.tokens.sample import Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from limbeck.batch import Batch, Signal
+
+
+class ModelTeacher(Teacher):
+    """A causal LM of transformers, never trained."""
+
+    type: Literal["model"] = "model"
+    model: str
+    """A folder saved by save_pretrained, a name in Limbeck's cache, or a hub name."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub model; pin it, or the teacher may change between runs."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """`bfloat16` halves its memory; on a CPU without bf16 instructions it is several times slower."""
+
+    def provides(self) -> Provides:
+        config = model_config(self.model, self.revision) or {}
+        layers = config.get("num_hidden_layers")
+        return Provides(
+            output=True, layers=frozenset(range(layers)) if layers else None, num_layers=layers, width=config.get("hidden_size")
+        )
+
+    def open(self, tokenizer: Any, needs: Needs, device: str = "cpu") -> ModelScorer:
+        from limbeck.models import blocks, head, load_model, load_tokenizer, verify_head
+        from limbeck.tokens.identity import shared_vocabulary
+
+        vocabulary = shared_vocabulary(tokenizer, load_tokenizer(self.model, self.revision))
+        model = load_model(self.model, self.dtype, self.revision, device).requires_grad_(False)
+        verify_head(model)
+        return ModelScorer(self.model, model, head(model).cut(vocabulary), len(blocks(model)), needs)
+
+
+class ModelScorer:
+    """Runs the teacher once per batch. Its logits are never made here, but a chunk at a time by whoever applies `teacher_head`."""
+
+    def __init__(self, name: str, model: Any, head: Any, num_layers: int, needs: Needs) -> None:
+        self.name, self.model, self.head, self.num_layers, self.needs = name, model, head, num_layers, needs
+        self.width = head.weight.shape[1]
+        self.vocabulary = head.weight.shape[0]
+
+    def asking(self, needs: Needs) -> ModelScorer:
+        """The same model, asked for something else."""
+        return ModelScorer(self.name, self.model, self.head, self.num_layers, needs)
+
+    def require(self, samples: Sequence[Sample]) -> None:
+        """A live model can score anything."""
+
+    def score(self, batch: Batch) -> Signal:
+        import torch
+
+        from limbeck.batch import Signal
+        from limbeck.models import forward
+
+        with torch.no_grad():
+            last, states = forward(self.model, batch.input_ids, batch.position_ids, sorted(self.needs.layers))
+            rows = last.flatten(0, 1)[batch.scored]
+            hidden = {layer: state.flatten(0, 1)[batch.represented] for layer, state in states.items()}
+            if self.needs.output:
+                return Signal(output=rows, teacher_head=self.head, hidden=hidden)
+            return Signal(hidden=hidden, observed=observed_log_probs(self.head, rows, batch.targets))
+
+
+def observed_log_probs(head: Any, rows: Tensor, targets: Tensor, rows_per_chunk: int = 256) -> Tensor:
+    """The teacher's log-probability of each target `[N]`, a chunk of logits at a time."""
+    import torch
+
+    parts = [rows.new_zeros(0, dtype=torch.float32)]
+    for chunk, wanted in zip(rows.split(rows_per_chunk), targets.split(rows_per_chunk), strict=True):
+        logits = head(chunk)
+        parts.append(logits.gather(-1, wanted[:, None]).squeeze(-1) - logits.logsumexp(-1))
+    return torch.cat(parts)

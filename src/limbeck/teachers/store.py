@@ -1,0 +1,69 @@
+"""A captured teacher: its signal comes from disk, and costs a read where the live teacher costs a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from limbeck.errors import StoreError
+from limbeck.objectives.base import Needs
+from limbeck.store.manifest import read_manifest
+from limbeck.teachers.base import Provides, Teacher
+from limbeck.tokens.sample import Sample
+
+if TYPE_CHECKING:
+    from limbeck.batch import Batch, Signal
+    from limbeck.store.reader import StoreReader
+
+
+class StoreTeacher(Teacher):
+    """A folder written by `limbeck capture`."""
+
+    type: Literal["store"] = "store"
+    path: str
+    """The capture. It must hold every token that this recipe scores."""
+
+    def provides(self) -> Provides:
+        manifest = read_manifest(Path(self.path))
+        return Provides(
+            output=True, layers=frozenset(manifest.layers), num_layers=manifest.teacher.num_layers, width=manifest.teacher.width
+        )
+
+    def open(self, tokenizer: Any, needs: Needs, device: str = "cpu") -> StoreScorer:
+        from limbeck.store.reader import StoreReader
+        from limbeck.tokens.identity import template_hash, vocabulary_hash
+
+        reader = StoreReader(Path(self.path))
+        manifest = reader.manifest
+        for field, found in (("vocabulary_hash", vocabulary_hash(tokenizer)), ("template_hash", template_hash(tokenizer))):
+            expected = getattr(manifest, field)
+            if found != expected:
+                raise StoreError(
+                    f"store {self.path!r}: captured with {field} {str(expected)[:12]}, the student's tokenizer has {str(found)[:12]}; "
+                    f"capture again with this student's tokenizer, or use the student that the capture was made for (teacher {manifest.teacher.name})"
+                )
+        return StoreScorer(reader, needs, device)
+
+
+class StoreScorer:
+    """Looks a batch up in a capture."""
+
+    def __init__(self, reader: StoreReader, needs: Needs, device: str) -> None:
+        teacher = reader.manifest.teacher
+        self.name, self.num_layers, self.width = teacher.name, teacher.num_layers, teacher.width
+        self.vocabulary = reader.manifest.vocabulary
+        self.reader, self.needs = reader, needs
+        self.head = reader.head(device) if needs.output else None
+
+    def require(self, samples: Sequence[Sample]) -> None:
+        lacking, total = self.reader.missing(samples, self.needs)
+        if lacking:
+            raise StoreError(
+                f"store {str(self.reader.path)!r}: lacks {lacking} of {total} tokens that this recipe asks for ({lacking / total:.1%}): "
+                "it was captured from other data, a smaller source.max_length or without these layers. Capture again with this recipe's source"
+            )
+
+    def score(self, batch: Batch) -> Signal:
+        return replace(self.reader.read(batch, self.needs), teacher_head=self.head)

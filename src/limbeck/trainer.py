@@ -1,0 +1,313 @@
+"""The trainer: one loop for all methods. It knows samples, counts, scales and steps; it knows no loss and no kind of teacher.
+
+Count, then scale, then sum: all microbatches of an optimizer step are made first and their tokens counted over all processes, so that
+every term's scale is known before the first forward, and the result depends neither on accumulation, nor on ranks, nor on padding.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from limbeck import checkpoint, distributed, optim
+from limbeck.batch import Batch, Signal
+from limbeck.distributed import World
+from limbeck.errors import RunError
+from limbeck.evaluate import Subject, evaluate
+from limbeck.learner import Learner
+from limbeck.log import peak_memory_mb, progress, reset_peak_memory, say
+from limbeck.models import blocks, load_tokenizer, save_model, weights_hash
+from limbeck.objectives.base import Needs, Term, needs_of
+from limbeck.objectives.head import num_chunks
+from limbeck.recipe import Recipe, Train
+from limbeck.run import Run, environment
+from limbeck.sources.base import OpenSource, microbatches
+from limbeck.student import build as build_student
+from limbeck.teachers import Scorer
+from limbeck.tokens.identity import num_real_tokens, template_hash, vocabulary_hash
+
+METRICS = (
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "scored_tokens",
+    "tokens_per_second",
+    "teacher_share",
+    "peak_memory_mb",
+    "seconds",
+)
+
+
+def train(recipe: Recipe, path: Path) -> Run:
+    """Train the recipe's student in the run directory `path`: fresh, resumed from its checkpoint, or returned as it is if finished."""
+    student_spec, spec = recipe.for_training()
+    run = Run(path)
+    with distributed.world() as world:
+        if _claim(run, recipe):
+            say(f"{path}: already finished with this recipe")
+            return run
+        tokenizer = load_tokenizer(student_spec.model, student_spec.revision)
+        source = recipe.source.open(tokenizer, recipe.seed)
+        student = build_student(student_spec, world.device)
+        learner, scorer = assemble(recipe, student, tokenizer, source, world)
+        num_steps = spec.steps or math.ceil((spec.epochs or 1) * source.steps_per_epoch(spec.batch_size))
+        if world.is_main:
+            _describe(run, source, student, tokenizer, num_steps, spec)
+        _loop(run, recipe, learner, source, scorer, num_steps, tokenizer.pad_token_id or 0, world)
+        del scorer
+        if world.is_main:
+            _finish(run, recipe, student, tokenizer, world)
+        distributed.barrier(world)
+    return run
+
+
+def assemble(recipe: Recipe, student: Any, tokenizer: Any, source: OpenSource, world: World) -> tuple[Learner, Scorer | None]:
+    """The learner, and the opened teacher if any term of positive weight needs one."""
+    _, spec = recipe.for_training()
+    terms = recipe.terms
+    provided = recipe.teacher.provides()
+    needs = needs_of(terms, len(blocks(student)), provided.num_layers or 0) if provided.output else Needs()
+    scorer = recipe.teacher.open(tokenizer, needs, world.device) if needs.anything else None
+    if scorer is not None:
+        scorer.require(source.samples)
+    vocabulary = scorer.vocabulary if scorer is not None else num_real_tokens(tokenizer)
+    longest = max(len(sample.ids) for sample in source.samples)
+    learner = Learner(
+        student,
+        terms,
+        vocabulary,
+        teacher_layers=scorer.num_layers if scorer else 0,
+        teacher_width=scorer.width if scorer else 0,
+        chunks=num_chunks(spec.micro_batch_size * longest, vocabulary, spec.head_memory_mb),
+        fused=spec.head == "fused",
+        seed=recipe.seed,
+    ).to(world.device)
+    if spec.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return learner, scorer
+
+
+@dataclass
+class StepResult:
+    """What an optimizer step did: values over all processes."""
+
+    loss: float
+    sums: dict[str, float]
+    counts: dict[str, float]
+    grad_norm: float
+    teacher_seconds: float
+
+
+def optimizer_step(
+    wrapped: nn.Module,
+    terms: Mapping[str, Term],
+    batches: Sequence[Batch],
+    score: Callable[[Batch], Signal],
+    optimizer: torch.optim.Optimizer,
+    spec: Train,
+    world: World,
+) -> StepResult:
+    """One update from this rank's microbatches. Raises RunError, with the weights untouched, where the gradient is not finite."""
+    totals: Counter[str] = Counter({"scored": 0, "represented": 0})
+    for batch in batches:
+        totals.update(batch.counts)
+    counts = distributed.sum_over_ranks(totals, world)
+    # DDP averages gradients over ranks; the factor makes it a sum
+    scales = {key: term.weight / max(counts[term.count], 1) * world.size for key, term in terms.items()}
+    sums = dict.fromkeys((*terms, "teacher_nll"), 0.0)
+    teacher_seconds = 0.0
+    optimizer.zero_grad(set_to_none=True)
+    for i, batch in enumerate(batches):
+        batch = batch.to(world.device)
+        start = time.perf_counter()
+        signal = score(batch)
+        teacher_seconds += time.perf_counter() - start
+        autocast = torch.autocast(torch.device(world.device).type, torch.bfloat16, enabled=spec.precision == "bfloat16")
+        with distributed.without_sync(wrapped, i == len(batches) - 1):
+            with autocast:
+                loss, batch_sums = wrapped(batch, signal, scales)
+            loss.backward()
+        for key, value in batch_sums.items():
+            sums[key] += value.item()
+    sums = distributed.sum_over_ranks(sums, world)
+    trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    grad_norm = float(nn.utils.clip_grad_norm_(trainable, spec.optimizer.max_grad_norm or math.inf))
+    total = sum(term.weight * sums[key] / max(counts[term.count], 1) for key, term in terms.items())
+    if not math.isfinite(grad_norm) or not math.isfinite(total):
+        raise RunError(
+            f"loss {total}, gradient norm {grad_norm}: not finite, so the weights were not touched; a lower learning rate is the usual cure"
+        )
+    optimizer.step()
+    return StepResult(total, sums, counts, grad_norm, teacher_seconds)
+
+
+def _loop(
+    run: Run, recipe: Recipe, learner: Learner, source: OpenSource, scorer: Scorer | None, num_steps: int, pad_id: int, world: World
+) -> None:
+    _, spec = recipe.for_training()
+    terms = recipe.terms
+    optimizer = optim.build(spec.optimizer, learner)
+    checkpoint.clean(run.checkpoints) if world.is_main else None
+    state = checkpoint.load_latest(run.checkpoints, learner, optimizer) or {"step": 0, "tokens": 0, "seconds": 0.0}
+    first, tokens, spent = state["step"], state["tokens"], state["seconds"]
+    wrapped = distributed.wrap(learner, world)
+    score = scorer.score if scorer is not None else lambda batch: Signal()
+    if world.is_main:
+        _forget_after(run, first)
+    if first:
+        say(f"{run.path}: resuming after step {first} of {num_steps}")
+    learner.train()
+    reset_peak_memory()
+    with progress(f"train {run.path.name}", num_steps, first) as bar:
+        for step in range(first, num_steps):
+            start = time.perf_counter()
+            torch.manual_seed(_seed_of(recipe.seed, step, world.rank))
+            rate = spec.optimizer.rate(step, num_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batches = microbatches(source.at(step, spec.batch_size), spec.micro_batch_size, world.rank, world.size, pad_id)
+            try:
+                result = optimizer_step(wrapped, terms, batches, score, optimizer, spec, world)
+            except RunError as error:
+                raise RunError(f"{run.path}, step {step + 1}: {error}") from None
+            seconds = time.perf_counter() - start
+            tokens, spent = tokens + int(result.counts["represented"]), spent + seconds
+            if world.is_main:
+                _log(run, step + 1, result, terms, rate, tokens, seconds, spent)
+                if spec.checkpoint_every and (step + 1) % spec.checkpoint_every == 0 and step + 1 < num_steps:
+                    checkpoint.save(
+                        run.checkpoints, step + 1, learner, optimizer, {"tokens": tokens, "seconds": spent}, spec.keep_checkpoints
+                    )
+            bar.advance(1, note=_note(result, terms, seconds))
+    if world.is_main and spec.checkpoint_every and spec.keep_checkpoints and first < num_steps:
+        checkpoint.save(run.checkpoints, num_steps, learner, optimizer, {"tokens": tokens, "seconds": spent}, spec.keep_checkpoints)
+
+
+def _log(
+    run: Run, step: int, result: StepResult, terms: Mapping[str, Term], rate: float, tokens: int, seconds: float, spent: float
+) -> None:
+    """One line of metrics.jsonl: means per token of what was optimised, over all processes."""
+    row: dict[str, Any] = {"step": step, "loss": result.loss}
+    row.update({f"loss/{key}": result.sums[key] / max(result.counts[term.count], 1) for key, term in terms.items()})
+    if result.sums["teacher_nll"]:
+        row["teacher_nll"] = result.sums["teacher_nll"] / max(result.counts["scored"], 1)
+    row.update(
+        learning_rate=rate,
+        grad_norm=result.grad_norm,
+        tokens=tokens,
+        scored_tokens=int(result.counts["scored"]),
+        tokens_per_second=result.counts["represented"] / seconds,
+        teacher_share=result.teacher_seconds / seconds,
+        peak_memory_mb=peak_memory_mb(),
+        seconds=spent,
+    )
+    with open(run.metrics_file, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _note(result: StepResult, terms: Mapping[str, Term], seconds: float) -> str:
+    parts = " ".join(f"{key} {result.sums[key] / max(result.counts[term.count], 1):.3f}" for key, term in terms.items())
+    return f"{parts} | {result.counts['represented'] / seconds:.0f} tok/s"
+
+
+def _seed_of(seed: int, step: int, rank: int) -> int:
+    """Random numbers of a step (dropout) depend on nothing that came before it."""
+    import numpy as np
+
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _claim(run: Run, recipe: Recipe) -> bool:
+    """Take the directory for this recipe; True if the run is finished already. Refuses the directory of another recipe."""
+    resolved = recipe.to_json()
+    if (run.path / "recipe.json").is_file():
+        found = run.read_json("recipe.json")
+        if differing := _first_difference(found, resolved):
+            raise RunError(f"{run.path}: holds a run of another recipe ({differing}); choose another run directory, or delete this one")
+        return run.is_finished
+    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        raise RunError(f"{run.path}: exists and is no run directory; choose another path")
+    run.write_json("recipe.json", resolved)
+    run.write_json("environment.json", environment())
+    run.write_json("run.json", {"status": "running"})
+    return False
+
+
+def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            if difference := _first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip(".")):
+                return difference
+        return None
+    return None if old == new else f"{key} is {old!r} there, {new!r} here"
+
+
+def _describe(run: Run, source: OpenSource, student: Any, tokenizer: Any, num_steps: int, spec: Train) -> None:
+    """data.json: what is trained on and what it starts from; two runs with equal hashes had equal budgets."""
+    import hashlib
+
+    order = hashlib.sha256()
+    for step in range(num_steps):
+        order.update(" ".join(str(sample.sample_id) for sample in source.at(step, spec.batch_size)).encode())
+    run.write_json(
+        "data.json",
+        {
+            **source.describe(),
+            "num_steps": num_steps,
+            "order_sha256": order.hexdigest(),
+            "initial_weights_sha256": weights_hash(dict(student.named_parameters())),
+            "vocabulary_sha256": vocabulary_hash(tokenizer),
+            "template_sha256": template_hash(tokenizer),
+        },
+    )
+
+
+def _forget_after(run: Run, step: int) -> None:
+    """Drop logged steps that a resume will do again."""
+    rows = [row for row in run.metrics() if row["step"] <= step]
+    temporary = run.metrics_file.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(run.metrics_file)
+
+
+def _finish(run: Run, recipe: Recipe, student: Any, tokenizer: Any, world: World) -> None:
+    """Export the student, evaluate it, and mark the run as finished."""
+    import shutil
+
+    temporary = run.path / "student.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_model(student, tokenizer, temporary)
+    shutil.rmtree(run.student, ignore_errors=True)
+    temporary.rename(run.student)
+    student.eval()
+    subject = Subject(student, tokenizer, world.device, recipe.teacher)
+    for result in evaluate(recipe.evaluate, subject, run.path / "evals"):
+        run.write_json(f"evals/{result.name}.json", result.to_json())
+    rows = run.metrics()
+    last = rows[-1]
+    run.write_json(
+        "run.json",
+        {
+            "status": "finished",
+            "steps": last["step"],
+            "tokens": last["tokens"],
+            "train_seconds": last["seconds"],
+            "tokens_per_second": last["tokens"] / last["seconds"],
+            "teacher_share": sum(row["teacher_share"] for row in rows) / len(rows),
+            "peak_memory_mb": max(row["peak_memory_mb"] for row in rows),
+            "weights_sha256": weights_hash(dict(student.named_parameters())),
+        },
+    )
+    recipe_train = recipe.train
+    if recipe_train is not None and not recipe_train.keep_checkpoints:
+        shutil.rmtree(run.checkpoints, ignore_errors=True)

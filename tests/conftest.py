@@ -1,0 +1,72 @@
+"""Shared fixtures: one tokenizer and one model per session, offline, single-threaded, with shapes checked at run time.
+
+The shape checks are jaxtyping's import hook, so this file must be imported before any module of limbeck that it names.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+import helpers
+
+CHECKED = ["limbeck.batch", "limbeck.tokens.pad", "limbeck.objectives.head", "limbeck.objectives.support", "limbeck.learner"]
+install_import_hook(CHECKED, "beartype.beartype")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The shared tokenizer. Not to be changed: a test that sets a template or adds a token takes `fresh_tokenizer`."""
+    return helpers.make_tokenizer()
+
+
+@pytest.fixture
+def fresh_tokenizer() -> Any:
+    """A tokenizer equal to the shared one, which the test may change."""
+    return helpers.make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the shared tokenizer."""
+    path = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_dir(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `tiny_model()` and the shared tokenizer. Read-only."""
+    return helpers.save_model(tmp_path_factory.mktemp("model"), helpers.tiny_model(), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def make_model_dir(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_model_dir(layers=2, tied=False, seed=1)`: a new folder with that `tiny_model` and the shared tokenizer."""
+
+    def make(**settings: Any) -> Path:
+        return helpers.save_model(tmp_path_factory.mktemp("model"), helpers.tiny_model(**settings), tokenizer)
+
+    return make
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
+    """`write_jsonl(rows)` or `write_jsonl(rows, "name.jsonl")`: a file in the test's folder."""
+
+    def write(rows: list[dict[str, Any]], name: str = "data.jsonl") -> Path:
+        return helpers.write_jsonl(tmp_path / name, rows)
+
+    return write

@@ -1,0 +1,129 @@
+"""Plain helpers for tests: a real byte-level tokenizer and tiny Llama models, built in the process, with no network and no files.
+
+`from helpers import tiny_model`. Fixtures that wrap these live in conftest.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
+    "What is the weather in Paris? It is sunny in Paris today.",
+    "Add two and three. The answer is five, because two and three make five.",
+    '{"name": "get_weather", "arguments": {"city": "Paris"}}',
+    "You are a helpful assistant. You answer questions about the weather and about numbers.",
+    "A teacher shows a student how to answer; the student learns to answer like the teacher.",
+)
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def chatml(generation: bool = False) -> str:
+    """A ChatML template with tools, tool calls and tool results; with or without `{% generation %}` around what the model writes."""
+    start, end = ("{% generation %}", "{% endgeneration %}") if generation else ("", "")
+    return (
+        "{%- set first = messages[0] if messages else {} %}"
+        "{%- if tools %}"
+        "{{- '<|im_start|>system\\n' }}"
+        "{%- if first.role == 'system' %}{{- first.content + '\\n\\n' }}{%- endif %}"
+        "{{- '<tools>' }}{%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}"
+        "{{- '\\n</tools><|im_end|>\\n' }}"
+        "{%- endif %}"
+        "{%- for message in messages %}"
+        "{%- if message.role == 'system' and loop.first and tools %}"
+        "{%- elif message.role == 'assistant' %}"
+        "{{- '<|im_start|>assistant\\n' }}"
+        f"{start}"
+        "{%- if message.content %}{{- message.content }}{%- endif %}"
+        "{%- for call in message.tool_calls or [] %}"
+        "{%- if message.content or not loop.first %}{{- '\\n' }}{%- endif %}"
+        "{%- set call = call.function if call.function is defined else call %}"
+        "{{- '<tool_call>\\n{\"name\": \"' + call.name + '\", \"arguments\": ' + (call.arguments | tojson) + '}\\n</tool_call>' }}"
+        "{%- endfor %}"
+        "{{- '<|im_end|>' }}"
+        f"{end}"
+        "{{- '\\n' }}"
+        "{%- else %}"
+        "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+        "{%- endif %}"
+        "{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    )
+
+
+def make_tokenizer(sentences: Iterable[str] = SENTENCES, vocab_size: int = 400, template: str | None = chatml()) -> PreTrainedTokenizerFast:
+    """A new byte-level BPE tokenizer trained on `sentences`; pad == eos == <|im_end|>, as in SmolLM2."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(sentences, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@cache
+def _vocab_size() -> int:
+    return len(make_tokenizer())
+
+
+def tiny_config(**overrides: Any) -> LlamaConfig:
+    """A Llama of 4 blocks and width 32 over the test tokenizer's vocabulary and 5 padded rows."""
+    settings: dict[str, Any] = {
+        "vocab_size": _vocab_size() + 5,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.1,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    return LlamaConfig(**(settings | overrides))
+
+
+def tiny_model(
+    tied: bool = True, layers: int = 4, width: int = 32, vocab: int | None = None, seed: int = 0, **overrides: Any
+) -> LlamaForCausalLM:
+    """A float32 Llama in eval mode; the same arguments give the same weights, and torch's global generator is left as it was."""
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 2 * width, "tie_word_embeddings": tied}
+    if vocab is not None:
+        sizes["vocab_size"] = vocab
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(tiny_config(**(sizes | overrides))).float().eval()
+
+
+def save_model(path: Path, model: LlamaForCausalLM | None = None, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
+    """A folder with model and tokenizer, as one gets it from the hub."""
+    (model or tiny_model()).save_pretrained(path)
+    (tokenizer or make_tokenizer()).save_pretrained(path)
+    return path
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """`rows` as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
