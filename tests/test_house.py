@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -187,6 +188,31 @@ def test_files_are_short(tmp_path: Path) -> None:
     (tmp_path / "long.py").write_text("\n" * (MAX_LINES + 1))
     assert len(too_long([tmp_path / "long.py"])) == 1
     assert not too_long(SOURCES), "\n".join(too_long(SOURCES))
+
+
+DISTRIBUTIONS = {"yaml": "pyyaml", "pydantic_core": "pydantic", "huggingface_hub": "huggingface-hub", "reasoning_gym": "reasoning-gym"}
+"""Import names that differ from the package that is declared for them."""
+
+
+def undeclared(tree: ast.AST, requirements: Iterable[str]) -> set[str]:
+    """Packages that are imported but not required: they work until whoever brings them along stops doing so."""
+    declared = {re.split(r"[^\w-]", requirement)[0].lower().replace("_", "-") for requirement in requirements}
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    names = {name.split(".")[0] for name in imported} - sys.stdlib_module_names - {"limbeck"}
+    return {name for name in names if DISTRIBUTIONS.get(name, name) not in declared}
+
+
+def test_imports_are_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    found = {file.name: names for file in SOURCES if (names := undeclared(ast.parse(file.read_text(encoding="utf-8")), requirements))}
+    assert not found, found
+
+
+def test_undeclared_imports_are_found() -> None:
+    source = "import os, numpy.linalg, yaml\nfrom . import x\nfrom huggingface_hub import y\nfrom tqdm.auto import z"
+    assert undeclared(ast.parse(source), ["numpy>=2", "PyYAML", "huggingface_hub>=2"]) == {"tqdm"}
 
 
 # --- docs

@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("8", ("check", "plan", "assets", "export")),
     ("8", ("demo",)),
     ("8", ("cli",)),
-    ("top", ("",)),
+    ("top", ("", "__main__")),
 )
 RANK = {name: rank for rank, (_, names) in enumerate(LAYERS) for name in names}
 
@@ -163,7 +163,8 @@ def ours(module: str) -> str:
 
 
 def test_package_keeps_its_layers() -> None:
-    assert not violations(PACKAGE), "\n".join(["a module imports from lower layers and its own package only:", *violations(PACKAGE)])
+    found = violations(PACKAGE)
+    assert not found, "\n".join(["a module imports from lower layers and its own package only:", *found])
 
 
 CASES: dict[str, tuple[dict[str, str], str]] = {

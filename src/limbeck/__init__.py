@@ -1,1 +1,54 @@
-"""Limbeck: knowledge distillation of language models."""
+"""Limbeck: knowledge distillation of language models.
+
+The command line's verbs are functions here, and nothing heavy loads before one is used.
+
+import limbeck
+run = limbeck.train("recipe.yaml", "runs/mine", overrides=["train.steps=100"])
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from limbeck.assets import fetch
+    from limbeck.capture import capture
+    from limbeck.check import check
+    from limbeck.demo import demo
+    from limbeck.errors import LimbeckError
+    from limbeck.evaluate.runner import evaluate_model
+    from limbeck.recipe import Recipe, load_recipe, parse_recipe
+    from limbeck.report.page import build_report
+    from limbeck.run import Run
+    from limbeck.study import Study, load_study, run_study
+    from limbeck.trainer import train
+
+_WHERE = {
+    "LimbeckError": "limbeck.errors",
+    "Recipe": "limbeck.recipe",
+    "Run": "limbeck.run",
+    "Study": "limbeck.study",
+    "build_report": "limbeck.report.page",
+    "capture": "limbeck.capture",
+    "check": "limbeck.check",
+    "demo": "limbeck.demo",
+    "evaluate_model": "limbeck.evaluate.runner",
+    "fetch": "limbeck.assets",
+    "load_recipe": "limbeck.recipe",
+    "load_study": "limbeck.study",
+    "parse_recipe": "limbeck.recipe",
+    "run_study": "limbeck.study",
+    "train": "limbeck.trainer",
+}
+
+__all__ = [
+    "LimbeckError", "Recipe", "Run", "Study", "build_report", "capture", "check", "demo", "evaluate_model", "fetch",
+    "load_recipe", "load_study", "parse_recipe", "run_study", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'limbeck' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)

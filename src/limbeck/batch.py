@@ -56,8 +56,9 @@ class Signal:
     """What the teacher says about a Batch.
 
     `output` with `teacher_head` is the dense support: the head maps rows of `output` to logits over the shared vocabulary, so
-    logits exist only for a chunk at a time; it returns a new tensor, which its caller may overwrite. `hidden[l]` is the residual stream after block `l` (counted from 0, before the final norm).
-    `observed` is the teacher's own log-probability of each target, for the log.
+    logits exist only for a chunk at a time; it returns a new tensor, which its caller may overwrite. `hidden[l]` is the residual
+    stream after block `l` (counted from 0, before the final norm). `observed` is the teacher's own log-probability of each target,
+    for the log.
     """
 
     output: Float[Tensor, "n e"] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from limbeck.log import progress, say
 from limbeck.models import load_tokenizer, weights_hash
 from limbeck.objectives.base import Needs
-from limbeck.recipe import Recipe
+from limbeck.recipe import Recipe, parse_recipe
 from limbeck.run import environment
 from limbeck.store.manifest import MANIFEST, Manifest, TeacherIdentity, read_manifest
 from limbeck.store.writer import StoreWriter, write_head
@@ -20,11 +20,12 @@ from limbeck.tokens.pad import pad
 from limbeck.tokens.sample import Sample
 
 
-def capture(recipe: Recipe) -> Manifest:
+def capture(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterable[str] = ()) -> Manifest:
     """Score the recipe's source, and the texts that its benchmarks compare with the teacher on, and write the store.
 
     Started again it goes on where it was, and does nothing where everything is captured.
     """
+    recipe = parse_recipe(recipe, overrides)
     spec, needs = recipe.for_capture()
     teacher = recipe.teacher
     assert isinstance(teacher, ModelTeacher)

@@ -55,7 +55,7 @@ def save(root: Path, step: int, learner: nn.Module, optimizer: torch.optim.Optim
 
 
 def load_latest(root: Path, learner: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """Restore the newest checkpoint that verifies and return its state; None where there is none. A damaged one is named and passed over."""
+    """Restore the newest checkpoint that verifies and return its state, or None. A damaged one is named and passed over."""
     for path in _published(root):
         problem = _problem(path)
         if problem:

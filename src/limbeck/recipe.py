@@ -162,22 +162,24 @@ def check_layers(recipe: Recipe) -> None:
             raise ValueError(str(error)) from None
         if provided.layers is not None and (lacking := sorted({teacher for _, teacher in pairs} - provided.layers)):
             raise ValueError(
-                f"objective: the {key!r} term maps teacher blocks {lacking}, the capture holds {sorted(provided.layers)}; capture again with capture.layers, or map those"
+                f"objective: the {key!r} term maps teacher blocks {lacking}, the capture holds {sorted(provided.layers)}; "
+                "capture again with capture.layers, or map those"
             )
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe in a YAML file, with `key.path=value` overrides."""
-    return parse_recipe(load_yaml(path, overrides), str(path))
+    return validate(Recipe, load_yaml(path, overrides), str(path))
 
 
-def parse_recipe(tree: dict[str, Any] | Recipe, where: str = "recipe", overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe from a mapping (or one that is already parsed)."""
-    if isinstance(tree, Recipe):
-        tree = tree.to_json() if overrides else tree
-    if isinstance(tree, Recipe):
-        return tree
-    return validate(Recipe, override(tree, overrides), where)
+def parse_recipe(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:
+    """A recipe from a mapping, a YAML file, or one that is already parsed, with `key.path=value` overrides."""
+    if isinstance(recipe, str | Path):
+        return load_recipe(recipe, overrides)
+    if isinstance(recipe, Recipe):
+        overrides = list(overrides)
+        return validate(Recipe, override(recipe.to_json(), overrides), where) if overrides else recipe
+    return validate(Recipe, override(recipe, overrides), where)
 
 
 def check_files(recipe: Recipe) -> list[str]:

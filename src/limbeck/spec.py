@@ -38,8 +38,9 @@ class Family(Spec):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        if "type" in cls.model_fields:
-            cls.members[cls.model_fields["type"].default] = cls
+        name = cls.model_fields["type"].default if "type" in cls.model_fields else None
+        if isinstance(name, str):
+            cls.members[name] = cls
 
 
 class _Member:

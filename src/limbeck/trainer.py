@@ -6,15 +6,18 @@ every term's scale is known before the first forward, and the result depends nei
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,18 +25,19 @@ from limbeck import checkpoint, distributed, optim
 from limbeck.batch import Batch, Signal
 from limbeck.distributed import World
 from limbeck.errors import RunError
-from limbeck.evaluate import Subject, evaluate
+from limbeck.evaluate import Subject
+from limbeck.evaluate.runner import evaluate
 from limbeck.learner import Learner
 from limbeck.log import peak_memory_mb, progress, reset_peak_memory, say
 from limbeck.models import blocks, load_tokenizer, save_model, weights_hash
 from limbeck.objectives.base import Needs, Term, needs_of
 from limbeck.objectives.head import num_chunks
-from limbeck.recipe import Recipe, Train
+from limbeck.recipe import Recipe, Train, parse_recipe
 from limbeck.run import Run, environment
 from limbeck.sources.base import OpenSource, microbatches
 from limbeck.student import build as build_student
 from limbeck.teachers import Scorer
-from limbeck.tokens.identity import num_real_tokens, template_hash, vocabulary_hash
+from limbeck.tokens.identity import template_hash, vocabulary, vocabulary_hash
 
 METRICS = (
     "loss",
@@ -48,12 +52,16 @@ METRICS = (
 )
 
 
-def train(recipe: Recipe, path: Path) -> Run:
+def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overrides: Iterable[str] = ()) -> Run:
     """Train the recipe's student in the run directory `path`: fresh, resumed from its checkpoint, or returned as it is if finished."""
+    recipe = parse_recipe(recipe, overrides)
     student_spec, spec = recipe.for_training()
-    run = Run(path)
+    run = Run(Path(path))
     with distributed.world() as world:
-        if _claim(run, recipe):
+        if world.is_main:
+            _claim(run, recipe)
+        distributed.barrier(world)
+        if run.is_finished:
             say(f"{path}: already finished with this recipe")
             return run
         tokenizer = load_tokenizer(student_spec.model, student_spec.revision)
@@ -67,7 +75,6 @@ def train(recipe: Recipe, path: Path) -> Run:
         del scorer
         if world.is_main:
             _finish(run, recipe, student, tokenizer, world)
-        distributed.barrier(world)
     return run
 
 
@@ -80,15 +87,15 @@ def assemble(recipe: Recipe, student: Any, tokenizer: Any, source: OpenSource, w
     scorer = recipe.teacher.open(tokenizer, needs, world.device) if needs.anything else None
     if scorer is not None:
         scorer.require(source.samples)
-    vocabulary = scorer.vocabulary if scorer is not None else num_real_tokens(tokenizer)
+    num_tokens = scorer.vocabulary if scorer is not None else len(vocabulary(tokenizer))
     longest = max(len(sample.ids) for sample in source.samples)
     learner = Learner(
         student,
         terms,
-        vocabulary,
+        num_tokens,
         teacher_layers=scorer.num_layers if scorer else 0,
         teacher_width=scorer.width if scorer else 0,
-        chunks=num_chunks(spec.micro_batch_size * longest, vocabulary, spec.head_memory_mb),
+        chunks=num_chunks(spec.micro_batch_size * longest, num_tokens, spec.head_memory_mb),
         fused=spec.head == "fused",
         seed=recipe.seed,
     ).to(world.device)
@@ -222,25 +229,22 @@ def _note(result: StepResult, terms: Mapping[str, Term], seconds: float) -> str:
 
 def _seed_of(seed: int, step: int, rank: int) -> int:
     """Random numbers of a step (dropout) depend on nothing that came before it."""
-    import numpy as np
-
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _claim(run: Run, recipe: Recipe) -> bool:
-    """Take the directory for this recipe; True if the run is finished already. Refuses the directory of another recipe."""
+def _claim(run: Run, recipe: Recipe) -> None:
+    """Take the directory for this recipe. Refuses the directory of another recipe, or of something else."""
     resolved = recipe.to_json()
     if (run.path / "recipe.json").is_file():
         found = run.read_json("recipe.json")
         if differing := _first_difference(found, resolved):
             raise RunError(f"{run.path}: holds a run of another recipe ({differing}); choose another run directory, or delete this one")
-        return run.is_finished
+        return
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise RunError(f"{run.path}: exists and is no run directory; choose another path")
     run.write_json("recipe.json", resolved)
     run.write_json("environment.json", environment())
     run.write_json("run.json", {"status": "running"})
-    return False
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
@@ -254,8 +258,6 @@ def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
 
 def _describe(run: Run, source: OpenSource, student: Any, tokenizer: Any, num_steps: int, spec: Train) -> None:
     """data.json: what is trained on and what it starts from; two runs with equal hashes had equal budgets."""
-    import hashlib
-
     order = hashlib.sha256()
     for step in range(num_steps):
         order.update(" ".join(str(sample.sample_id) for sample in source.at(step, spec.batch_size)).encode())
@@ -282,8 +284,6 @@ def _forget_after(run: Run, step: int) -> None:
 
 def _finish(run: Run, recipe: Recipe, student: Any, tokenizer: Any, world: World) -> None:
     """Export the student, evaluate it, and mark the run as finished."""
-    import shutil
-
     temporary = run.path / "student.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     save_model(student, tokenizer, temporary)
@@ -308,6 +308,5 @@ def _finish(run: Run, recipe: Recipe, student: Any, tokenizer: Any, world: World
             "weights_sha256": weights_hash(dict(student.named_parameters())),
         },
     )
-    recipe_train = recipe.train
-    if recipe_train is not None and not recipe_train.keep_checkpoints:
+    if recipe.train is not None and not recipe.train.keep_checkpoints:
         shutil.rmtree(run.checkpoints, ignore_errors=True)

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from limbeck.batch import Signal
+from limbeck.errors import ModelError
 from limbeck.objectives.base import OutputTerm
 from limbeck.objectives.support import Dense
 
@@ -47,7 +48,9 @@ class Head:
     def cut(self, num_tokens: int) -> Head:
         """The head without the padded rows of its vocabulary: they are no tokens and get no probability."""
         if num_tokens > self.weight.shape[0]:
-            raise ValueError(f"a head of {self.weight.shape[0]} rows has no row for token {num_tokens - 1}")
+            raise ModelError(
+                f"found an output head of {self.weight.shape[0]} rows, expected one for each of the tokenizer's {num_tokens} tokens"
+            )
         return Head(self.weight[:num_tokens], None if self.bias is None else self.bias[:num_tokens], self.scale, self.soft_cap)
 
 

@@ -28,11 +28,11 @@ class Hidden(HiddenTerm):
     measure: Literal["mse", "cosine"] = "mse"
     """`mse` also matches sizes of features, `cosine` only directions."""
     normalize: Literal["layer_norm", "none"] = "layer_norm"
-    """`layer_norm` brings each state to mean 0 and variance 1 first. Without it a few outlier features of a language model are all that `mse` sees."""
+    """`layer_norm` brings each state to mean 0 and variance 1 first; without it `mse` sees little but a few outlier features."""
     pairs: Literal["uniform"] | list[tuple[int, int]] = "uniform"
-    """`uniform` spreads the student's blocks evenly over the teacher's, the last block included; or a list of [student block, teacher block], from 0."""
+    """`uniform` spreads the student's blocks over the teacher's, last to last; or a list of [student block, teacher block], from 0."""
     num_pairs: int | None = Field(None, gt=0)
-    """How many pairs `uniform` makes, spread over the depth; all of the student's blocks where it is not set. A capture stores only mapped blocks."""
+    """How many pairs `uniform` makes, spread over the depth; one for each of the student's blocks where it is not set."""
 
     @field_validator("pairs")
     @classmethod

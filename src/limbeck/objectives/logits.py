@@ -22,7 +22,7 @@ class Logits(OutputTerm):
 
     type: Literal["logits"] = "logits"
     divergence: str = "forward_kl"
-    """`forward_kl` is KL(teacher || student) and covers all that the teacher says; `reverse_kl` is KL(student || teacher) and seeks modes."""
+    """`forward_kl`, KL(teacher || student), covers all that the teacher says; `reverse_kl`, KL(student || teacher), seeks modes."""
     temperature: float = Field(1.0, gt=0)
     """Softens both distributions. 1 is the right default for language models; above it the tail of the vocabulary counts for more."""
 

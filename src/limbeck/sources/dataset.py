@@ -23,7 +23,7 @@ class DatasetSource(Source):
     data: str | list[str]
     """File, data set in Limbeck's cache, or one shipped with Limbeck; or a list of them, one after the other."""
     max_length: int = Field(1024, gt=1)
-    """Tokens after which a conversation is cut. What was cut is counted and reported; a capture made with a larger value can be used with a smaller one."""
+    """Tokens after which a conversation is cut; what was cut is counted and reported. A capture serves every smaller value too."""
     limit: int | None = Field(None, gt=0)
     """Use only this many rows, from the start of the data."""
 

@@ -85,6 +85,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> Path:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+        temporary.chmod(0o644)  # safetensors writes files that only their owner can read; captures are shared
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, file)
@@ -109,7 +110,8 @@ def _continue(path: Path, identity: Manifest) -> Manifest:
     if differing:
         field = differing[0]
         raise StoreError(
-            f"store {str(path)!r}: holds another capture: {field} is {theirs[field]!r}, this recipe needs {ours[field]!r}. Set capture.path to a new folder, or delete this one"
+            f"store {str(path)!r}: holds another capture: {field} is {theirs[field]!r}, this recipe needs {ours[field]!r}. "
+            "Set capture.path to a new folder, or delete this one"
         )
     for shard in found.shards:
         check_file(path, shard)

@@ -42,7 +42,8 @@ class StoreTeacher(Teacher):
             if found != expected:
                 raise StoreError(
                     f"store {self.path!r}: captured with {field} {str(expected)[:12]}, the student's tokenizer has {str(found)[:12]}; "
-                    f"capture again with this student's tokenizer, or use the student that the capture was made for (teacher {manifest.teacher.name})"
+                    f""
+                    f"capture {manifest.teacher.name} again with this student's tokenizer, or use the student that the capture was made for"
                 )
         return StoreScorer(reader, needs, device)
 
@@ -62,7 +63,8 @@ class StoreScorer:
         if lacking:
             raise StoreError(
                 f"store {str(self.reader.path)!r}: lacks {lacking} of {total} tokens that this recipe asks for ({lacking / total:.1%}): "
-                "it was captured from other data, a smaller source.max_length or without these layers. Capture again with this recipe's source"
+                "it was captured from "
+                "other data, with a smaller source.max_length or without these layers. Capture again with this recipe's source"
             )
 
     def score(self, batch: Batch) -> Signal:

@@ -153,18 +153,21 @@ class _Chat:
 def _marked_spans(chat: _Chat, text: str, ids: list[int]) -> list[Span]:
     """The tokens in the template's `{% generation %}` blocks, each with the eos that follows it.
 
-    Not by `return_assistant_tokens_mask`: in transformers 5.23 it asks only for the first and the last character of a block, and
-    where a tokenizer trims white space off its offsets (Llama 3) it then scores all that follows, or drops all turns to come.
+    Not by `return_assistant_tokens_mask`: transformers 5.23 looks up a block's first and last character only, and where a tokenizer
+    trims spaces off its offsets (Llama 3) it then leaves out this turn and all later ones, or scores everything that follows.
     """
     encoding = chat.tokenizer(text, add_special_tokens=False, verbose=False)
     spans = []
     for first, last in chat.generation_spans():
-        tokens = [token for char in range(first, last) if (token := encoding.char_to_token(char)) is not None]
-        if tokens:
-            start, end = tokens[0], tokens[-1] + 1
-            # markers that leave the eos out would teach a student never to stop
-            leaves_out = end < len(ids) and ids[end] == chat.tokenizer.eos_token_id != ids[end - 1]
-            spans.append((start, end + leaves_out))
+        covering = [token for char in range(first, last) if (token := encoding.char_to_token(char)) is not None]
+        if not covering:
+            continue
+        # a boundary inside a token belongs to the block
+        start, end = _length_if_prefix(chat, text[:first], ids), _length_if_prefix(chat, text[:last], ids)
+        start, end = covering[0] if start is None else start, covering[-1] + 1 if end is None else end
+        # markers that leave the eos out would teach a student never to stop
+        leaves_out_eos = end < len(ids) and ids[end] == chat.tokenizer.eos_token_id != ids[end - 1]
+        spans.append((start, end + leaves_out_eos))
     if not spans:
         raise DataError(f"{chat.where}: the chat template's {{% generation %}} blocks cover no token, expected the assistant's turns")
     return spans
@@ -192,9 +195,9 @@ def _prefix_spans(chat: _Chat, text: str, ids: list[int]) -> list[Span]:
 
 def _prefix_length(chat: _Chat, part: str, text: str, ids: list[int], turn: int, name: str) -> int:
     """The number of ids in `part`, which must be how `ids` begin."""
-    part_ids = _encode(chat.tokenizer, part)
-    if ids[: len(part_ids)] == part_ids:
-        return len(part_ids)
+    length = _length_if_prefix(chat, part, ids)
+    if length is not None:
+        return length
     if text.startswith(part):
         reason = f"the tokens at its {name} merge with their neighbours (white space at the {name} of its content does that: strip it)"
     else:
@@ -204,6 +207,11 @@ def _prefix_length(chat: _Chat, part: str, text: str, ids: list[int], turn: int,
             f"({_excerpt(part, at)} becomes {_excerpt(text, at)}); what is trained on would not be what the model sees when it answers"
         )
     raise DataError(f"{chat.where}: turn {turn} (assistant) cannot be told from its context: {reason}")
+
+
+def _length_if_prefix(chat: _Chat, part: str, ids: list[int]) -> int | None:
+    part_ids = _encode(chat.tokenizer, part)
+    return len(part_ids) if ids[: len(part_ids)] == part_ids else None
 
 
 def _end_of_turn(ids: list[int], start: int, end: int, tokenizer: Any) -> int:

