@@ -199,14 +199,15 @@ def undeclared(tree: ast.AST, requirements: Iterable[str]) -> set[str]:
     declared = {re.split(r"[^\w-]", requirement)[0].lower().replace("_", "-") for requirement in requirements}
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module and not node.level}
-    names = {name.split(".")[0] for name in imported} - sys.stdlib_module_names - {"limbeck"}
+    names = {name.split(".")[0] for name in imported} - sys.stdlib_module_names - {"limbeck", "helpers"}
     return {name for name in names if DISTRIBUTIONS.get(name, name) not in declared}
 
 
 def test_imports_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirements = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
-    found = {file.name: names for file in SOURCES if (names := undeclared(ast.parse(file.read_text(encoding="utf-8")), requirements))}
+    files = [*SOURCES, *(ROOT / "tests").rglob("*.py")]
+    found = {file.name: names for file in files if (names := undeclared(ast.parse(file.read_text(encoding="utf-8")), requirements))}
     assert not found, found
 
 

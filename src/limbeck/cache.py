@@ -34,16 +34,18 @@ def cached_data() -> list[str]:
 
 def resolve_model(name: str) -> str:
     """A local folder for `name` where there is one, else `name` itself, to be looked for on the hub by transformers."""
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):  # os.path, here and below: Path raises for a name that is too long
         if not (path / "config.json").is_file():
             raise ModelError(f"model {name!r}: the folder has no config.json; expected a model saved by save_pretrained")
         return str(path)
     cached = cache_dir() / "models" / name
-    if (cached / "config.json").is_file():
+    if os.path.isfile(cached / "config.json"):
         return str(cached)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"model {name!r}: no such folder, and not a hub name of the form owner/model{nearest(name, cached_models())}")
+        siblings = [str(config.parent) for config in path.parent.glob("*/config.json")] if os.path.isdir(path.parent) else []
+        hint = nearest(name, cached_models() + siblings)
+        raise ModelError(f"model {name!r}: no such folder, and not a hub name of the form owner/model{hint}")
     return name
 
 
@@ -54,27 +56,35 @@ def model_config(name: str, revision: str | None = None) -> dict[str, Any] | Non
     if not Path(resolved).is_dir():
         from huggingface_hub import try_to_load_from_cache
 
-        hit = try_to_load_from_cache(resolved, "config.json", revision=revision)
+        try:
+            hit = try_to_load_from_cache(resolved, "config.json", revision=revision)
+        except ValueError as error:
+            raise ModelError(f"model {name!r}: no such folder, and not a hub name: {error}") from None
         path = hit if isinstance(hit, str) else None
     if path is None:
         return None
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, OSError) as error:
         raise ModelError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path}: found {type(config).__name__}, expected a mapping")
-    return config.get("text_config", config) if isinstance(config.get("text_config", config), dict) else config
+    if isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
+    for key in ("num_hidden_layers", "hidden_size"):
+        if key in config and (type(config[key]) is not int or config[key] < 1):
+            raise ModelError(f"{path}: {key}: found {config[key]!r}, expected a number from 1")
+    return config
 
 
 def resolve_data(name: str) -> Path:
     """The JSON-lines file that `name` means: a path, a data set in the cache, or one shipped with Limbeck."""
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path):
         return path
     shipped_dir = Path(__file__).parent / "data"
     for candidate in (cache_dir() / "data" / f"{name}.jsonl", shipped_dir / f"{name}.jsonl"):
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
     shipped = [str(file.relative_to(shipped_dir).with_suffix("")) for file in shipped_dir.glob("**/*.jsonl")]
     siblings = [str(file) for file in path.parent.glob("*.jsonl")] if path.parent.is_dir() else []

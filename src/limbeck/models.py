@@ -49,6 +49,11 @@ def save_model(model: Any, tokenizer: Any, path: Path) -> None:
         tokenizer.save_pretrained(path)
 
 
+def recompute_activations(model: Any) -> None:
+    """Gradient checkpointing in every block: activations are made again in backward instead of being kept."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+
+
 def weights_hash(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes and float32 values of tensors, independent of their order."""
     digest = hashlib.sha256()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from torch.optim import AdamW
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(Spec):
     """AdamW with warm-up and decay."""
 
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate. The one setting that must be swept before methods are compared."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay of the gradient's running mean and of its square."""
     epsilon: float = Field(1e-8, gt=0)
     """Keeps the step finite where a gradient was always 0."""

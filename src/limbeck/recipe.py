@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -62,7 +62,7 @@ class Capture(Spec):
     """The store's folder."""
     batch_size: int = Field(8, gt=0)
     """Conversations per forward of the teacher."""
-    layers: list[int] | None = None
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Teacher blocks whose states are kept, from 0; those that the objective maps where it is not set."""
     samples_per_shard: int = Field(256, gt=0)
     """Conversations per file: what a kill can cost."""
@@ -83,7 +83,7 @@ class Recipe(Spec):
     evaluate: list[member_of(Benchmark)] = []  # type: ignore[valid-type]
     """Benchmarks of the trained student."""
     capture: Capture | None = None
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Fixes data order and projections; the same seed gives the same run."""
 
     @model_validator(mode="after")

@@ -6,13 +6,23 @@ Here too: dotted overrides, and the translation of pydantic's errors into messag
 
 from __future__ import annotations
 
+import re
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from limbeck.errors import RecipeError, nearest
@@ -24,6 +34,16 @@ class Spec(BaseModel):
     """Base of all configuration: immutable, refuses unknown keys, documents a field by the docstring under it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic reads true as 1; in a recipe it is a slip (`steps: yes`), and it would run."""
+        if isinstance(value, bool):
+            types_ = _types_in(cls.model_fields[str(info.field_name)].annotation)
+            if types_ & {int, float} and bool not in types_:
+                raise PydanticCustomError("truth_value", "expected a number")
+        return value
 
 
 class Family(Spec):
@@ -60,17 +80,16 @@ class _Member:
                 raise PydanticCustomError("family_mapping", f"expected a mapping with a `type` (one of: {known})")
             name = value.get("type")
             if not isinstance(name, str) or name not in family.members:
-                found = "no `type`" if name is None else f"type {name!r}"
-                raise PydanticCustomError("family_type", f"found {found}, expected one of: {known}{nearest(str(name), family.members)}")
+                found, hint = ("no `type`", "") if name is None else (f"type {name!r}", nearest(str(name), family.members))
+                raise PydanticCustomError("family_type", f"found {found}, expected one of: {known}{hint}")
             return family.members[name].model_validate(value)
 
         dump = core_schema.plain_serializer_function_ser_schema(lambda value: value.model_dump(mode="json"))
         return core_schema.no_info_plain_validator_function(choose, serialization=dump)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        members = tuple(self.family.members.values())
-        one_of = members[0] if len(members) == 1 else Annotated[members, Field(discriminator="type")]
-        return handler(TypeAdapter(one_of).core_schema)
+        members = {name: TypeAdapter(member).core_schema for name, member in self.family.members.items()}
+        return handler(core_schema.tagged_union_schema(members, discriminator="type")) if members else {"type": "object"}
 
 
 def member_of(family: type[Family]) -> Any:
@@ -85,20 +104,21 @@ def validate(cls: type[S], tree: Any, where: str) -> S:
     try:
         return cls.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(cls, tree, tuple(problem["loc"]), problem) for problem in error.errors()]
+        lines = _explain(cls, tree, error.errors())
         raise RecipeError(f"{where}: " + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines)) from None
 
 
 def load_yaml(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """The mapping in a YAML file with `key.path=value` overrides applied."""
     path = Path(path)
-    if not path.is_file():
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
-        raise RecipeError(f"{path}: no such file{near}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not readable as YAML: {error}") from None
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+        raise RecipeError(f"{path}: {(error.strerror or str(error)).lower()}{near}") from None
+    except ValueError as error:
+        raise RecipeError(f"{path}: not readable as text: {error}") from None
+    tree = _parse(text, str(path))
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: found {_show(tree)}, expected a mapping of keys to values")
     return override(tree, overrides)
@@ -106,16 +126,13 @@ def load_yaml(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
 
 def override(tree: dict[str, Any], pairs: Iterable[str]) -> dict[str, Any]:
     """A copy of `tree` with each `key.path=value` set; list items by index; values parsed as YAML."""
-    tree = _copy(tree)
+    changed: dict[str, Any] = _copy(tree)
     for pair in pairs:
         key, separator, raw = pair.partition("=")
-        if not separator or not key:
+        if not separator or not all(key.split(".")):
             raise RecipeError(f"override {pair!r}: expected key.path=value")
-        try:
-            value = yaml.safe_load(raw)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"override {pair!r}: value is not readable as YAML: {error}") from None
-        node: Any = tree
+        value = _parse(raw, f"override {pair!r}")
+        node: Any = changed
         *parents, last = key.split(".")
         for part in parents:
             node = _descend(node, part, pair)
@@ -125,14 +142,14 @@ def override(tree: dict[str, Any], pairs: Iterable[str]) -> dict[str, Any]:
             node[last] = value
         else:
             raise RecipeError(f"override {pair!r}: {'.'.join(parents)} is {_show(node)}, which has no keys")
-    return tree
+    return changed
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with `changes` laid over it: mappings merge key by key unless they name another `type`, all else is replaced."""
-    merged = _copy(base)
+    merged: dict[str, Any] = _copy(base)
     for key, value in changes.items():
-        old = merged.get(key)
+        old: Any = merged.get(key)
         same_kind = isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type")
         merged[key] = merge(old, value) if same_kind else _copy(value)
     return merged
@@ -149,8 +166,9 @@ def _descend(node: Any, part: str, pair: str) -> Any:
 
 
 def _index(node: list[Any], part: str, pair: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise RecipeError(f"override {pair!r}: found index {part!r}, expected a number from 0 to {len(node) - 1}")
+    if not part.isdecimal() or int(part) >= len(node):
+        expected = f"a number from 0 to {len(node) - 1}" if node else "no index: the list is empty. Give the whole list"
+        raise RecipeError(f"override {pair!r}: found index {part!r}, expected {expected}")
     return int(part)
 
 
@@ -165,19 +183,56 @@ def _show(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _explain(cls: type[BaseModel], tree: Any, loc: tuple[Any, ...], problem: Any) -> str:
-    """One line: dotted key, what was found, what was expected, and the nearest valid key."""
-    key = ".".join(str(part) for part in loc) or "recipe"
+def _explain(cls: type[BaseModel], tree: Any, problems: Sequence[Any]) -> list[str]:
+    """A line per key: dotted key, what was found, what was expected, and the nearest valid choice."""
+    by_key: dict[tuple[Any, ...], list[Any]] = {}
+    for problem in problems:
+        by_key.setdefault(_key(tree, problem), []).append(problem)
+    # of the branches of a union, the one that got further into the value says more than the one that failed at its door
+    keys = [key for key in by_key if not any(other[: len(key)] == key != other and _has_branches(by_key[key], key) for other in by_key)]
+    return [_line(cls, tree, key, by_key[key]) for key in keys]
+
+
+def _line(cls: type[BaseModel], tree: Any, key: tuple[Any, ...], problems: Sequence[Any]) -> str:
+    problem = problems[0]
+    name = ".".join(str(part) for part in key)
     if problem["type"] == "extra_forbidden":
-        owner = _owner(cls, tree, loc[:-1])
+        owner = _owner(cls, tree, key[:-1])
         known = list(owner.model_fields) if owner else []
-        hint = nearest(str(loc[-1]), known) or (f"; known keys: {', '.join(known)}" if known else "")
-        return f"{key}: unknown key{hint}"
+        hint = nearest(str(key[-1]), known) or (f"; known keys: {', '.join(known)}" if known else "")
+        return f"{name}: unknown key{hint}"
     if problem["type"] == "missing":
-        return f"{key}: missing; expected a value"
-    message = problem["msg"].removeprefix("Value error, ")
+        return f"{name}: missing; expected a value"
     found = "" if problem["type"] in ("value_error", "family_type") else f"found {_show(problem['input'])}, "
-    return f"{key}: {found}{message[0].lower() + message[1:]}"
+    expected = [_expected(problem) for problem in problems]
+    message = found + " or ".join([expected[0], *(other.removeprefix("expected ") for other in expected[1:])])
+    return f"{name}: {message}" if name else message
+
+
+def _expected(problem: Any) -> str:
+    """pydantic's message in our words."""
+    message = problem["msg"].removeprefix("Value error, ")
+    number = "a number " if problem["type"].startswith(("greater_than", "less_than")) else ""
+    message = message.replace("Input should be ", f"expected {number}", 1)
+    if problem["type"] == "literal_error":
+        message += nearest(str(problem["input"]), re.findall("'([^']*)'", problem["ctx"]["expected"]))
+    return str(message[0].lower() + message[1:])
+
+
+def _key(tree: Any, problem: Any) -> tuple[Any, ...]:
+    """Where a problem is, without the names of union branches that pydantic puts into its path."""
+    key, node = [], tree
+    for part in problem["loc"]:
+        inside = (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int) and part < len(node))
+        if inside:
+            node = node[part]
+        if inside or (problem["type"] == "missing" and part == problem["loc"][-1]):
+            key.append(part)
+    return tuple(key)
+
+
+def _has_branches(problems: Sequence[Any], key: tuple[Any, ...]) -> bool:
+    return any(len(problem["loc"]) > len(key) for problem in problems)
 
 
 def _owner(cls: type[BaseModel], tree: Any, loc: tuple[Any, ...]) -> type[BaseModel] | None:
@@ -185,33 +240,54 @@ def _owner(cls: type[BaseModel], tree: Any, loc: tuple[Any, ...]) -> type[BaseMo
     current: Any = cls
     node = tree
     for part in loc:
+        node = node[part]
         if isinstance(current, type) and issubclass(current, BaseModel):
             field = current.model_fields.get(str(part))
             current = field.annotation if field else None
-            marker = next((m for m in field.metadata if isinstance(m, _Member)), None) if field else None
-        else:
-            marker = None
-        node = (
-            node[part]
-            if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int) and part < len(node))
-            else None
-        )
-        current = _resolve(current, marker, node, part)
+        elif get_origin(current) in (list, tuple, dict):
+            current = get_args(current)[-1 if get_origin(current) is dict else 0]
+        current = _resolve(current, node)
     return current if isinstance(current, type) and issubclass(current, BaseModel) else None
 
 
-def _resolve(annotation: Any, marker: _Member | None, node: Any, part: Any) -> Any:
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        marker = next((m for m in get_args(annotation)[1:] if isinstance(m, _Member)), marker)
-        annotation = get_args(annotation)[0]
-        origin = get_origin(annotation)
-    if origin in (list, tuple):
-        return get_args(annotation)[0] if isinstance(part, int) else annotation
-    if origin in (Union, types.UnionType):
-        options = [a for a in get_args(annotation) if a is not type(None)]
-        return _resolve(options[0], marker, node, part) if len(options) == 1 else None
+def _resolve(annotation: Any, node: Any) -> Any:
+    """The plain class or container behind Annotated, `| None` and a family."""
+    if get_origin(annotation) is Annotated:
+        return _resolve(get_args(annotation)[0], node)
+    if get_origin(annotation) in (Union, types.UnionType):
+        options = [option for option in get_args(annotation) if option is not type(None)]
+        return _resolve(options[0], node) if len(options) == 1 else None
     if isinstance(annotation, type) and issubclass(annotation, Family):
-        kind = node.get("type") if isinstance(node, dict) else None
-        return annotation.members.get(str(kind), annotation)
+        return annotation.members.get(str(node.get("type")), annotation) if isinstance(node, dict) else annotation
     return annotation
+
+
+def _types_in(annotation: Any) -> set[Any]:
+    """All classes that an annotation names."""
+    return {annotation}.union(*(_types_in(part) for part in get_args(annotation)))
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice, where YAML takes the last one in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.MarkedYAMLError(problem=f"found the key {key!r} twice", problem_mark=node.value[index][0].start_mark)
+        return node
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        loader = _Loader(text)
+        return _copy(loader.get_single_data())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise RecipeError(f"{where}: not readable as YAML: {error.problem or error.context}{place}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise RecipeError(f"{where}: not readable as YAML: nested too deeply, or an alias inside of what it stands for") from None

@@ -29,7 +29,7 @@ from limbeck.evaluate import Subject
 from limbeck.evaluate.runner import evaluate
 from limbeck.learner import Learner
 from limbeck.log import peak_memory_mb, progress, reset_peak_memory, say
-from limbeck.models import blocks, load_tokenizer, save_model, weights_hash
+from limbeck.models import blocks, load_tokenizer, recompute_activations, save_model, weights_hash
 from limbeck.objectives.base import Needs, Term, needs_of
 from limbeck.objectives.head import num_chunks
 from limbeck.recipe import Recipe, Train, parse_recipe
@@ -100,7 +100,7 @@ def assemble(recipe: Recipe, student: Any, tokenizer: Any, source: OpenSource, w
         seed=recipe.seed,
     ).to(world.device)
     if spec.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(student)
     return learner, scorer
 
 

@@ -115,13 +115,22 @@ def test_generation_markers_where_offsets_are_trimmed(content, fresh_tokenizer):
     assert targets(sample, fresh_tokenizer) == [f"{content}<|im_end|>", "no<|im_end|>"]
 
 
-def test_generation_markers_may_leave_turns_out(fresh_tokenizer):
-    fresh_tokenizer.chat_template = (
-        "{%- for message in messages %}{{- message.role + ': ' }}"
-        "{%- if loop.last %}{% generation %}{{- message.content + '<|im_end|>' }}{% endgeneration %}{%- else %}{{- message.content }}{%- endif %}"
-        "{%- endfor %}"
+def last_turn_only(separator):
+    return (
+        f"{{%- for message in messages %}}{{{{- message.role + '{separator}' }}}}"
+        "{%- if loop.last %}{% generation %}{{- message.content + '<|im_end|>' }}{% endgeneration %}"
+        "{%- else %}{{- message.content }}{%- endif %}{%- endfor %}"
     )
+
+
+def test_generation_markers_may_leave_turns_out(fresh_tokenizer):
+    fresh_tokenizer.chat_template = last_turn_only(":\\n")
     assert targets(render(TWO_TURNS, fresh_tokenizer, LONG), fresh_tokenizer) == ["The dog sleeps.<|im_end|>"]
+
+
+def test_a_token_across_the_start_of_generation_is_generated(fresh_tokenizer):
+    fresh_tokenizer.chat_template = last_turn_only(": ")
+    assert targets(render(TWO_TURNS, fresh_tokenizer, LONG), fresh_tokenizer) == [" The dog sleeps.<|im_end|>"]
 
 
 def test_generation_markers_around_nothing_are_refused(fresh_tokenizer):
@@ -280,10 +289,10 @@ def test_template_whose_generation_prompt_is_not_in_the_text(fresh_tokenizer):
     assert "turn 1 (assistant)" in message and "up to its start" in message
 
 
-def test_tokens_that_merge_across_the_start_of_a_turn(fresh_tokenizer):
-    merging = make_tokenizer(sentences=["a\n\nb " * 20])
-    assert len(merging.encode("\n\n")) == 1
-    message = refusal(chat(user("hi"), assistant("\nyes")), merging)
+def test_tokens_that_merge_across_the_start_of_a_turn():
+    merging = make_tokenizer(sentences=["a\n\n\nb " * 20])
+    assert len(merging.encode("\n\n\n")) == 2
+    message = refusal(chat(user("hi"), assistant("\n\nyes")), merging)
     assert "turn 1 (assistant)" in message and "merge" in message
 
 

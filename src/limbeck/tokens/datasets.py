@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,7 @@ EXPECTED = "`messages` (with optional `tools`), or `prompt` and `completion`"
 
 def read_conversations(path: Path, limit: int | None = None) -> list[Conversation]:
     """The conversations of a JSON-lines file, or of its first `limit` rows. Blank lines are not rows."""
-    conversations: list[Conversation] = []
-    for where, row in _rows(path):
-        if limit is not None and len(conversations) >= limit:
-            break
-        conversations.append(conversation_of(row, where))
+    conversations = [conversation_of(row, where) for where, row in islice(_rows(path), limit)]
     if not conversations:
         raise DataError(f"{path}: found no rows, expected one JSON object per line with {EXPECTED}")
     return conversations
@@ -180,10 +177,13 @@ def _refuse_lone_surrogates(value: Any, where: str) -> None:
             _refuse_lone_surrogates(item, f"{where}.{index}")
 
 
-def _nearest_key(found: Iterable[str], expected: Iterable[str]) -> str:
-    """The first expected key that a found key resembles, as the tail of a message."""
-    hints = (nearest(key.lower(), expected) for key in found if key not in expected)
-    return next((hint for hint in hints if hint), "")
+def _nearest_key(found: Iterable[str], expected: Sequence[str]) -> str:
+    """The first expected key that an unexpected one resembles, as the tail of a message. Closer than `nearest`: any column may be there."""
+    for key in found:
+        match = difflib.get_close_matches(key.lower(), expected, n=1, cutoff=0.75)
+        if match and key not in expected:
+            return f"; did you mean {match[0]!r}?"
+    return ""
 
 
 def _list(row: dict[str, Any]) -> str:

@@ -1,0 +1,201 @@
+"""Plots of a report as SVG text: dots with error bars, and loss curves. Deterministic, and readable on light and on dark ground.
+
+matplotlib draws with placeholder colours; these become CSS variables, which the page (or the SVG's own style, in a file) sets by scheme.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from limbeck.report.collect import REFERENCES, Evidence, RunRecord
+from limbeck.report.summary import score
+from limbeck.report.tables import metric_name
+
+# placeholder -> (variable, light, dark)
+PALETTE = {
+    "#010101": ("ink", "#1f2328", "#e6e6e3"),
+    "#020202": ("muted", "#656d76", "#9a9a96"),
+    "#030303": ("grid", "#e3e3df", "#3a3a38"),
+    "#0a0001": ("c0", "#1a5fb4", "#78aeed"),
+    "#0a0002": ("c1", "#b5490b", "#f0975c"),
+    "#0a0003": ("c2", "#26734d", "#6cc494"),
+    "#0a0004": ("c3", "#7a3e9d", "#c79be0"),
+    "#0a0005": ("c4", "#8a6d00", "#dcbf55"),
+    "#0a0006": ("c5", "#a51d4b", "#f0869f"),
+}
+INK, MUTED, GRID, *SERIES = PALETTE
+WIDTH = 3.3  # inches: at the width of a narrow screen the type is still legible
+
+
+@dataclass(frozen=True)
+class Plot:
+    """An SVG without size, to be placed in a page or written to a file. `title` and `description` are for those who cannot see it."""
+
+    key: str
+    title: str
+    description: str
+    svg: str
+
+    def file_text(self) -> str:
+        """The SVG as a file of its own, with both colour schemes in it."""
+        light, dark = (";".join(f"--plot-{name}:{scheme[i]}" for name, *scheme in PALETTE.values()) for i in (0, 1))
+        style = f"<style>svg{{{light}}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}text{{font-family:system-ui,sans-serif!important}}</style>"
+        return self.svg.replace(">", f">{style}", 1) + "\n"
+
+
+def css_variables(dark: bool) -> str:
+    """The palette for a page's style sheet."""
+    return "".join(f"--plot-{name}:{colours[dark]};" for name, *colours in PALETTE.values())
+
+
+def quality_plots(evidence: Evidence) -> list[Plot]:
+    """One plot per metric: a row per model, a dot per model (small ones per seed), bars of two standard errors over items."""
+    models = list(evidence.models())
+    colours = arm_colours(evidence)
+    plots = []
+    for number, (benchmark, metric, example) in enumerate(evidence.benchmarks()):
+        with _figure(0.62 + 0.27 * len(models)) as (figure, axes):
+            for row, (label, per_seed) in enumerate(reversed(models)):
+                found = score(per_seed, benchmark, metric)
+                if found is None or found.value is None:
+                    continue
+                colour = colours.get(label, MUTED)
+                axes.errorbar(
+                    found.value, row, xerr=2 * (found.stderr or 0), fmt="o", color=colour, markersize=5, elinewidth=1.6, capsize=0
+                )
+                seeds = [s.value for evals in per_seed if (s := score([evals], benchmark, metric)) and s.value is not None]
+                if len(seeds) > 1:
+                    axes.plot(seeds, [row - 0.24] * len(seeds), "|", color=colour, markersize=5)
+            if example.get("chance") is not None:
+                axes.axvline(example["chance"], color=MUTED, linewidth=0.9, linestyle=(0, (3, 3)))
+                axes.text(example["chance"], len(models) - 0.42, "chance", color=MUTED, fontsize=7.5, ha="center", va="bottom")
+            axes.set_ylim(-0.6, len(models) - 0.4)
+            axes.set_yticks(range(len(models)), [label for label, _ in reversed(models)])
+            axes.margins(x=0.08)
+            axes.grid(axis="x", color=GRID, linewidth=0.8)
+            title = metric_name(benchmark, metric, example)
+            plots.append(
+                _plot(
+                    figure, f"quality-{number}", title, f"{title} of {', '.join(label for label, _ in models)}; the table has the figures"
+                )
+            )
+    return plots
+
+
+def loss_plots(evidence: Evidence) -> list[Plot]:
+    """One plot per arm, on shared axes: the total, each term, and the teacher's own NLL; over seeds the mean with the range."""
+    arms = {arm: [run for run in runs if run.metrics] for arm, runs in evidence.arms.items()}
+    curves = {arm: _curves(runs) for arm, runs in arms.items() if runs}
+    if not curves:
+        return []
+    steps = max(len(rows) for by_name in curves.values() for runs in by_name.values() for rows in runs)
+    top = max(value for by_name in curves.values() for runs in by_name.values() for rows in runs for _, value in rows)
+    terms = list(dict.fromkeys(name for by_name in curves.values() for name in by_name if name not in FIXED))
+    colours = FIXED | {name: SERIES[i % len(SERIES)] for i, name in enumerate(terms)}
+    plots = []
+    for number, (arm, by_name) in enumerate(curves.items()):
+        with _figure(2.1) as (figure, axes):
+            for name, runs in by_name.items():
+                dashed = (0, (4, 2)) if name == "teacher NLL" else "solid"
+                _line(axes, runs, colours[name], dashed, name)
+            axes.set_xlim(1, max(steps, 2))
+            axes.set_ylim(0, top * 1.05 or 1)
+            axes.grid(color=GRID, linewidth=0.8)
+            axes.set_xlabel("optimizer step")
+            axes.set_ylabel("loss per token")
+            axes.legend(frameon=False, fontsize=7.5, labelcolor=INK, loc="upper right", handlelength=1.6, borderaxespad=0.1)
+            plots.append(_plot(figure, f"loss-{number}", arm, f"loss of {arm} over {steps} steps: {', '.join(by_name)}"))
+    return plots
+
+
+FIXED = {"total": INK, "teacher NLL": MUTED}
+
+
+def arm_colours(evidence: Evidence) -> dict[str, str]:
+    """A colour per arm; references have none."""
+    return {arm: SERIES[i % len(SERIES)] for i, arm in enumerate(evidence.recipes) if arm not in REFERENCES.values()}
+
+
+def _curves(runs: Sequence[RunRecord]) -> dict[str, list[list[tuple[int, float]]]]:
+    """(step, value) rows by name of what is drawn, one list per run. A total that is its only term is drawn once."""
+    names = {f"loss/{key.removeprefix('loss/')}": key.removeprefix("loss/") for key in runs[0].metrics[-1] if key.startswith("loss/")}
+    if len(names) > 1:
+        names = {"loss": "total", **names}
+    if any("teacher_nll" in run.metrics[-1] for run in runs):
+        names["teacher_nll"] = "teacher NLL"
+    return {
+        name: [[(row["step"], row[key]) for row in run.metrics if key in row] for run in runs if key in run.metrics[-1]]
+        for key, name in names.items()
+    }
+
+
+def _line(axes: Any, runs: list[list[tuple[int, float]]], colour: str, dashes: Any, label: str) -> None:
+    length = min(len(rows) for rows in runs)
+    steps = [step for step, _ in runs[0][:length]]
+    columns = [[rows[i][1] for rows in runs] for i in range(length)]
+    axes.plot(steps, [sum(column) / len(column) for column in columns], color=colour, linestyle=dashes, linewidth=1.5, label=label)
+    if len(runs) > 1:
+        axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.18, linewidth=0)
+
+
+@contextmanager
+def _figure(height: float) -> Iterator[tuple[Any, Any]]:
+    """A figure in our style; settings are given back afterwards."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "limbeck",
+        "text.parse_math": False,
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 8.5,
+        "text.color": INK,
+        "axes.labelcolor": MUTED,
+        "axes.edgecolor": GRID,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.axisbelow": True,
+        "xtick.color": GRID,
+        "ytick.color": GRID,
+        "xtick.labelcolor": MUTED,
+        "ytick.labelcolor": INK,
+        "ytick.major.size": 0,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        yield figure, figure.add_subplot()
+
+
+def _plot(figure: Any, key: str, title: str, description: str) -> Plot:
+    buffer = io.StringIO()
+    with warnings.catch_warnings():
+        # a name in a script that the layout's font lacks: the reader's browser has one
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return Plot(key, title, description, _clean(buffer.getvalue(), key))
+
+
+def _clean(svg: str, key: str) -> str:
+    """The bare element: no prologue, no size, ids of its own (several stand on one page), colours by variable."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    head, body = svg.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', head)
+    assert box is not None
+    body = re.sub(r'\bid="([^"]*)"', rf'id="{key}-\1"', body)
+    body = re.sub(r"url\(#", f"url(#{key}-", body)
+    body = re.sub(r'xlink:href="#', f'href="#{key}-', body)
+    for placeholder, (name, *_) in PALETTE.items():
+        body = body.replace(placeholder, f"var(--plot-{name})")
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {box[0]} role="img" aria-hidden="true">{body.strip()}'

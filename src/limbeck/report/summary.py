@@ -1,0 +1,211 @@
+"""Numbers of a report: scores, paired differences, costs, equality of budgets, headroom. No words and no layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from limbeck.report.collect import Evidence, RunRecord, item_pairs
+from limbeck.report.stats import mean_over_seeds, paired_difference, ratio, spread
+
+BUDGETS = {
+    "initial_weights_sha256": "initial weights",
+    "data_sha256": "tokens of the data",
+    "order_sha256": "order of the data",
+    "steps": "optimizer steps",
+    "tokens": "tokens trained on",
+    "scored_tokens": "scored tokens trained on",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric of one model: its value (the mean, over several seeds), standard error over items, standard deviation over seeds."""
+
+    value: float | None
+    stderr: float | None
+    sd: float | None
+    num_seeds: int
+    num_items: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm minus the baseline on the same items. `direction` describes, and is no verdict: more than two standard errors over
+    items, and the same sign in every seed."""
+
+    arm: str
+    benchmark: str
+    metric: str
+    value: float
+    stderr: float | None
+    sd: float | None
+    num_seeds: int
+    num_items: int
+    direction: Literal["better", "worse", "level", "unknown"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One quantity that must be equal over arms for one seed, by arm."""
+
+    seed: int
+    field: str
+    values: dict[str, Any]
+
+    @property
+    def is_equal(self) -> bool:
+        return None not in self.values.values() and len(set(self.values.values())) <= 1
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """Mean negative log-likelihood, in nats per scored token, of the teacher and of the students over the same last steps."""
+
+    teacher: float
+    students: dict[str, float]
+    num_steps: int
+
+
+def score(per_seed: Sequence[dict[str, dict[str, Any]]], benchmark: str, metric: str) -> Score | None:
+    """The score of one model; None where it was not measured."""
+    found = [evals[benchmark]["metrics"][metric] for evals in per_seed if metric in evals.get(benchmark, {}).get("metrics", {})]
+    values = [m["value"] for m in found if m["value"] is not None]
+    if not found:
+        return None
+    if len(found) == 1 or not values:
+        return Score(found[0]["value"], found[0]["stderr"], None, 1, found[0]["num_items"])
+    across = spread(values)
+    items = ratio(list(mean_over_seeds([item_pairs(evals, benchmark, metric) for evals in per_seed]).values()))
+    return Score(across.mean, items.stderr if items else None, across.sd, across.num_seeds, found[0]["num_items"])
+
+
+def differences(evidence: Evidence) -> list[Difference]:
+    """Every arm against the baseline, on every metric that both have."""
+    runs, baseline = evidence.finished, evidence.baseline
+    if baseline not in runs:
+        return []
+    return [
+        difference
+        for benchmark, metric, example in evidence.benchmarks()
+        for arm in runs
+        if arm != baseline and (difference := _difference(runs[arm], runs[baseline], benchmark, metric, example["higher_is_better"]))
+    ]
+
+
+def _difference(ours: list[RunRecord], theirs: list[RunRecord], benchmark: str, metric: str, up: bool) -> Difference | None:
+    by_seed = {run.seed: run.evals for run in theirs if metric in run.evals.get(benchmark, {}).get("metrics", {})}
+    pairs = [(run.evals, by_seed[run.seed]) for run in ours if run.seed in by_seed and metric in _metrics(run.evals, benchmark)]
+    pairs = [(a, b) for a, b in pairs if _comparable(a[benchmark], b[benchmark])]
+    values = [
+        (_metrics(a, benchmark)[metric]["value"], _metrics(b, benchmark)[metric]["value"])
+        for a, b in pairs
+        if _metrics(a, benchmark)[metric]["value"] is not None and _metrics(b, benchmark)[metric]["value"] is not None
+    ]
+    if not values or len(values) < len(pairs):
+        return None
+    a_items, b_items = (mean_over_seeds([item_pairs(side, benchmark, metric) for side in sides]) for sides in zip(*pairs, strict=True))
+    over_items = paired_difference(a_items, b_items)
+    across = spread([a - b for a, b in values])
+    # with one seed the paired estimate is used as it is: it is over the items that both have
+    value = over_items.value if over_items and len(values) == 1 else across.mean
+    stderr = over_items.stderr if over_items else None
+    return Difference(
+        ours[0].arm,
+        benchmark,
+        metric,
+        value,
+        stderr,
+        across.sd,
+        across.num_seeds,
+        over_items.num_items if over_items else 0,
+        _direction(value, stderr, [a - b for a, b in values], up),
+    )
+
+
+def _metrics(evals: dict[str, dict[str, Any]], benchmark: str) -> dict[str, Any]:
+    return dict(evals.get(benchmark, {}).get("metrics", {}))
+
+
+def _comparable(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Results of other versions or settings of a benchmark are never compared."""
+    return (ours.get("version"), ours.get("settings")) == (theirs.get("version"), theirs.get("settings"))
+
+
+def _direction(value: float, stderr: float | None, per_seed: list[float], up: bool) -> Literal["better", "worse", "level", "unknown"]:
+    if stderr is None:
+        return "unknown"
+    if abs(value) <= 2 * stderr or any(difference * value <= 0 for difference in per_seed):
+        return "level"
+    return "better" if (value > 0) == up else "worse"
+
+
+def cost(runs: Sequence[RunRecord]) -> dict[str, float | None]:
+    """What an arm took, on average over its seeds."""
+    return {
+        "tokens": _over_runs(runs, "tokens"),
+        "scored_tokens": _mean([float(_scored_tokens(run)) for run in runs if run.metrics]),
+        "train_seconds": _over_runs(runs, "train_seconds"),
+        "tokens_per_second": _over_runs(runs, "tokens_per_second"),
+        "teacher_share": _over_runs(runs, "teacher_share"),
+        "peak_memory_mb": _over_runs(runs, "peak_memory_mb"),
+        "evaluation_seconds": _mean([evaluation_seconds(run.evals) for run in runs]),
+    }
+
+
+def evaluation_seconds(evals: dict[str, dict[str, Any]]) -> float:
+    return sum(result.get("seconds") or 0.0 for result in evals.values())
+
+
+def _over_runs(runs: Sequence[RunRecord], key: str) -> float | None:
+    return _mean([run.totals[key] for run in runs if run.totals.get(key) is not None])
+
+
+def budgets(evidence: Evidence) -> list[Budget]:
+    """What must be equal over the finished arms, seed by seed."""
+    found = []
+    for seed in evidence.seeds:
+        runs = {arm: run for arm, runs in evidence.finished.items() for run in runs if run.seed == seed}
+        found += [Budget(seed, field, {arm: _budget(run, field) for arm, run in runs.items()}) for field in BUDGETS if runs]
+    return found
+
+
+def _budget(run: RunRecord, field: str) -> Any:
+    if field == "scored_tokens":
+        return _scored_tokens(run)
+    return run.totals.get(field) if field in ("steps", "tokens") else run.data.get(field)
+
+
+def _scored_tokens(run: RunRecord) -> int:
+    return sum(row["scored_tokens"] for row in run.metrics)
+
+
+def headroom(evidence: Evidence) -> Headroom | None:
+    """The teacher's NLL on the data beside the students', over the last quarter of the steps; None where one of them was not logged.
+
+    Arms of one seed see the same batches, so the figures are over the same tokens.
+    """
+    runs = [run for runs in evidence.finished.values() for run in runs if run.metrics]
+    told = [run for run in runs if "teacher_nll" in run.metrics[-1]]
+    if not told:
+        return None
+    num_steps = max(min(len(run.metrics) for run in runs) // 4, 1)
+    students = {
+        arm: _mean([_last(run, "loss/ce", num_steps) for run in runs if run.arm == arm])
+        for arm in evidence.finished
+        if any(run.arm == arm and "loss/ce" in run.metrics[-1] for run in runs)
+    }
+    measured = {arm: value for arm, value in students.items() if value is not None}
+    teacher = _mean([_last(run, "teacher_nll", num_steps) for run in told])
+    return Headroom(teacher, measured, num_steps) if measured and teacher is not None else None
+
+
+def _last(run: RunRecord, key: str, num_steps: int) -> float:
+    """Per scored token over the last steps."""
+    rows = [row for row in run.metrics[-num_steps:] if key in row]
+    return sum(row[key] * row["scored_tokens"] for row in rows) / max(sum(row["scored_tokens"] for row in rows), 1)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

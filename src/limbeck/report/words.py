@@ -1,0 +1,155 @@
+"""The sentences of a report. They describe what was measured and say what it does not show; no verdict is claimed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from limbeck.report.collect import Evidence, objective_text, terms
+from limbeck.report.summary import BUDGETS, Budget, Difference, Headroom, score
+from limbeck.report.tables import Numbers, metric_name
+
+OPTIMISED = {"ce": "the likelihood of the data’s tokens", "logits": "closeness to the teacher’s distribution"}
+
+
+def comparison(evidence: Evidence) -> str:
+    """What was compared, in a sentence."""
+    arms = [f"{arm} ({objective_text(recipe)})" for arm, recipe in evidence.recipes.items()]
+    if not evidence.is_study:
+        return f"One run: {arms[0]}, seed {evidence.seeds[0]}."
+    tokens = [run.totals["tokens"] for runs in evidence.finished.values() for run in runs if "tokens" in run.totals]
+    budget = ""
+    if tokens and len(set(tokens)) == 1:
+        budget = f" on {tokens[0]:,} tokens each"
+    elif tokens:
+        budget = f" on {min(tokens):,} to {max(tokens):,} tokens"
+    seeds = "one seed" if len(evidence.seeds) == 1 else f"{len(evidence.seeds)} seeds"
+    return f"The same student, trained in {number(len(arms))} {plural('way', len(arms))}{budget}, {seeds}: {listing(arms)}."
+
+
+def statement(evidence: Evidence) -> str:
+    """What the evidence allows to be said, and what not."""
+    unfinished = evidence.num_expected - evidence.num_finished
+    prefix = f"{unfinished} of {evidence.num_expected} runs have not finished; this report covers the others. " if unfinished else ""
+    finished = max((len(runs) for runs in evidence.finished.values()), default=0)
+    if not evidence.is_study:
+        return prefix + "A single run: its standard errors are over items, and there is nothing it is compared with."
+    if finished <= 1:
+        return prefix + (
+            "One seed: the standard errors are over items. They say how these trained students would do on other items of the same kind, "
+            "and nothing about how another seed would turn out. So there is no verdict across seeds."
+        )
+    return prefix + (
+        f"{finished} seeds: means and standard deviations over seeds, standard errors over items. The test that takes both into account "
+        "comes later; no verdict is claimed here."
+    )
+
+
+def answer(evidence: Evidence, found: Sequence[Difference]) -> str:
+    """The count of better and worse beside the baseline: the shortest account of what was measured."""
+    parts = []
+    for arm in dict.fromkeys(difference.arm for difference in found):
+        known = [d.direction for d in found if d.arm == arm and d.direction != "unknown"]
+        parts.append(
+            f"{arm} is better on {number(known.count('better'))} of {number(len(known))} metrics and worse on {number(known.count('worse'))}"
+        )
+    return f"Beside {evidence.baseline}, on these items: {'; '.join(parts)}. The rest lie within two standard errors." if parts else ""
+
+
+def findings(evidence: Evidence, found: Sequence[Difference]) -> list[tuple[str, str]]:
+    """(metric, where the arms stand beside the baseline)."""
+    return [
+        (metric_name(benchmark, metric, example), sentence)
+        for benchmark, metric, example in evidence.benchmarks()
+        if (sentence := _finding(evidence, example, [d for d in found if (d.benchmark, d.metric) == (benchmark, metric)]))
+    ]
+
+
+def _finding(evidence: Evidence, example: dict[str, Any], found: Sequence[Difference]) -> str:
+    """`logits (1.37) is better than sft (2.63); hidden (2.61) is within two standard errors of sft.`"""
+    if not found or evidence.baseline is None:
+        return ""
+    benchmark, metric = found[0].benchmark, found[0].metric
+    values = {}
+    for arm, runs in evidence.finished.items():
+        if (its := score([run.evals for run in runs], benchmark, metric)) and its.value is not None:
+            values[arm] = its.value
+    if evidence.baseline not in values:
+        return ""
+    numbers = Numbers(list(values.values()))
+    base = f"{evidence.baseline} ({numbers.show(values[evidence.baseline])})"
+    parts = []
+    for direction, claim in (
+        ("better", "better than"),
+        ("worse", "worse than"),
+        ("level", "within two standard errors of"),
+        ("unknown", "no standard error is known, beside"),
+    ):
+        arms = sorted((d for d in found if d.direction == direction), key=lambda d: values[d.arm], reverse=example["higher_is_better"])
+        if arms:
+            named = listing([f"{d.arm} ({numbers.show(values[d.arm])})" for d in arms])
+            verb = "" if direction == "unknown" else "is " if len(arms) == 1 else "are "
+            parts.append(f"{named}{': ' if not verb else ' '}{verb}{claim} {base if not parts else evidence.baseline}")
+    return f"{'; '.join(parts)}."
+
+
+def caution(evidence: Evidence) -> str:
+    """Which arm is measured on what it was trained for."""
+    trained = {kind: [arm for arm, recipe in evidence.recipes.items() if kind in [t["type"] for t in terms(recipe)]] for kind in OPTIMISED}
+    parts = [f"{listing(arms)} {'trains' if len(arms) == 1 else 'train'} for {OPTIMISED[kind]}" for kind, arms in trained.items() if arms]
+    if not evidence.is_study or len(parts) < 2:
+        return ""
+    return f"Read agreement and likelihood with care: {'; '.join(parts)}. Neither can say which student is the better one."
+
+
+def headroom_sentence(found: Headroom | None) -> str:
+    """Whether the teacher has anything to give on these data, by its own likelihood."""
+    if found is None:
+        return ""
+    best = min(found.students, key=lambda arm: found.students[arm])
+    figures = ", ".join(f"{arm} {value:.2f}" for arm, value in found.students.items())
+    measured = (
+        f"Negative log-likelihood of the data, nats per scored token, over the last {found.num_steps} "
+        f"{plural('step', found.num_steps)} of training: teacher {found.teacher:.2f}; {figures}. "
+    )
+    if found.teacher < found.students[best]:
+        return measured + "The teacher predicts these data better than every student does: there is something to learn from it."
+    return measured + (
+        f"The teacher does not predict these data better than {best} does: "
+        "where that is so, distillation is not expected to beat fine-tuning."
+    )
+
+
+def budget_sentence(found: Sequence[Budget]) -> str:
+    """Equal or not, and which arm differs in what."""
+    if not found or len(found[0].values) < 2:
+        return ""
+    seeds = len({budget.seed for budget in found})
+    scope = "in every seed" if seeds > 1 else "for this seed"
+    unequal = [budget for budget in found if not budget.is_equal]
+    if not unequal:
+        return f"Budgets are equal: all arms had the same {listing(list(BUDGETS.values()))} {scope}."
+    where = [f"{BUDGETS[budget.field]}" + (f" (seed {budget.seed})" if seeds > 1 else "") + f": {_odd_ones(budget)}" for budget in unequal]
+    return f"Budgets are NOT equal. {'; '.join(where)}. A difference between such arms may come from that alone."
+
+
+def _odd_ones(budget: Budget) -> str:
+    """The arms that differ from the first, or what is missing."""
+    if missing := [arm for arm, value in budget.values.items() if value is None]:
+        return f"not recorded for {listing(missing)}"
+    first, value = next(iter(budget.values.items()))
+    return f"{listing([arm for arm, other in budget.values.items() if other != value])} differs from {first}"
+
+
+def listing(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
+
+
+def number(count: int) -> str:
+    """Small numbers in letters."""
+    return ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")[count] if count < 10 else str(count)
+
+
+def plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"

@@ -1,0 +1,173 @@
+"""Equivalences of whole runs, through the same entry points that users have: curves, weights and exports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import limbeck
+from helpers import write_jsonl
+from limbeck.errors import RunError
+
+
+@pytest.fixture(scope="module")
+def base(make_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A recipe on tiny models: 7 conversations, so that batches of 4 wrap around an epoch."""
+    words = "weather Paris teacher student answer five fox dog sunny sleeps lazy quick".split()
+    rows = [{"prompt": " ".join(words[: 2 + i % 3]) + ":", "completion": " ".join(words[i : i + 5])} for i in range(7)]
+    data = write_jsonl(tmp_path_factory.mktemp("data") / "data.jsonl", rows)
+    return {
+        "student": {"model": str(make_model_dir(layers=2, seed=1))},
+        "teacher": {"type": "model", "model": str(make_model_dir(layers=3, width=48, seed=2))},
+        "source": {"type": "dataset", "data": str(data)},
+        "objective": [{"type": "ce", "weight": 0.5}, {"type": "logits"}, {"type": "hidden"}],
+        "train": {"steps": 6, "batch_size": 4, "optimizer": {"learning_rate": 0.01}},
+    }
+
+
+def _train(base: dict[str, Any], path: Path, *overrides: str) -> limbeck.Run:
+    return limbeck.train(base, path, overrides)
+
+
+def _weights(run: limbeck.Run) -> dict[str, torch.Tensor]:
+    return load_file(run.student / "model.safetensors")
+
+
+def _losses(run: limbeck.Run) -> list[float]:
+    return [row["loss"] for row in run.metrics()]
+
+
+def _assert_equal_bits(a: limbeck.Run, b: limbeck.Run) -> None:
+    assert _losses(a) == _losses(b)
+    ours, theirs = _weights(a), _weights(b)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_accumulation_gives_the_same_run(base: dict[str, Any], tmp_path: Path) -> None:
+    one, four = _train(base, tmp_path / "1", "train.micro_batch_size=1"), _train(base, tmp_path / "4", "train.micro_batch_size=4")
+    assert _losses(one) == pytest.approx(_losses(four), rel=1e-5)
+    assert _losses(one)[-1] < _losses(one)[0]
+    for name, value in _weights(one).items():
+        torch.testing.assert_close(value, _weights(four)[name], rtol=1e-3, atol=1e-4)
+
+
+def test_same_seed_same_bits_and_other_seed_other_order(base: dict[str, Any], tmp_path: Path) -> None:
+    a, b, c = (_train(base, tmp_path / name, f"seed={seed}") for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+    _assert_equal_bits(a, b)
+    assert a.read_json("data.json")["order_sha256"] == b.read_json("data.json")["order_sha256"] != c.read_json("data.json")["order_sha256"]
+    assert a.read_json("data.json")["initial_weights_sha256"] == c.read_json("data.json")["initial_weights_sha256"]
+    assert _losses(a) != _losses(c)
+
+
+def test_weight_zero_is_sft_bit_for_bit(base: dict[str, Any], tmp_path: Path) -> None:
+    """Also where the dropped terms would have needed a teacher: none is loaded."""
+    sft = _train({**base, "objective": [{"type": "ce"}], "teacher": {"type": "none"}}, tmp_path / "sft")
+    zero = _train({**base, "objective": [{"type": "ce"}, {"type": "logits", "weight": 0}, {"type": "hidden", "weight": 0}]}, tmp_path / "zero")
+    _assert_equal_bits(sft, zero)
+    assert "teacher_nll" not in zero.metrics()[0] and zero.metrics()[0]["teacher_share"] < 0.05
+
+
+def test_order_does_not_depend_on_anything_but_seed_and_step(base: dict[str, Any], tokenizer: Any) -> None:
+    recipe = limbeck.parse_recipe(base)
+    source = recipe.source.open(tokenizer, 5)
+    again = recipe.source.open(tokenizer, 5)
+    late_first = [again.at(step, 4) for step in (9, 0, 3)]
+    assert [[s.sample_id for s in step] for step in late_first] == [[s.sample_id for s in source.at(step, 4)] for step in (9, 0, 3)]
+    one_epoch = [sample.sample_id for position in range(7) for sample in source.at(position, 1)]
+    assert sorted(one_epoch) == sorted(sample.sample_id for sample in source.samples)
+
+
+def test_resume_after_a_kill_gives_the_bits_of_a_straight_run(base: dict[str, Any], tmp_path: Path) -> None:
+    settings = ["train.steps=40", "train.checkpoint_every=3"]
+    straight = _train(base, tmp_path / "straight", *settings)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(base))
+    path = tmp_path / "killed"
+    command = [sys.executable, "-m", "limbeck", "train", str(recipe), *settings, "--out", str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while not list((path / "checkpoints").glob("step-*[0-9]")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (path / "student").exists(), "the run was over before it could be killed"
+    checkpoints = sorted((path / "checkpoints").glob("step-*[0-9]"))
+    assert checkpoints
+    resumed = _train(base, path, *settings)
+    rows = resumed.metrics()
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    _assert_equal_bits(straight, resumed)
+    assert [row["tokens"] for row in rows] == [row["tokens"] for row in straight.metrics()]
+
+
+def test_finished_run_is_not_trained_again(base: dict[str, Any], tmp_path: Path) -> None:
+    run = _train(base, tmp_path / "run")
+    before = run.metrics_file.stat().st_mtime_ns
+    _train(base, tmp_path / "run")
+    assert run.metrics_file.stat().st_mtime_ns == before
+
+
+def test_directory_of_another_recipe_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
+    _train(base, tmp_path / "run")
+    with pytest.raises(RunError, match=r"train\.steps is 6 there, 7 here"):
+        _train(base, tmp_path / "run", "train.steps=7")
+
+
+def test_export_reloads_to_equal_logits_and_holds_no_projections(base: dict[str, Any], tmp_path: Path) -> None:
+    run = _train(base, tmp_path / "run", "train.checkpoint_every=6")
+    assert not [name for name in _weights(run) if "projection" in name]
+    trained = load_file(run.checkpoints / "step-00000006" / "learner.safetensors")
+    assert [name for name in trained if name.startswith("projections.")], "projections are trained, so a resume needs them"
+    model = AutoModelForCausalLM.from_pretrained(run.student, dtype=torch.float32)
+    for name, value in model.named_parameters():
+        assert torch.equal(value, trained[f"student.{name}"])
+
+
+def test_export_generates_where_limbeck_is_not_installed(base: dict[str, Any], tmp_path: Path) -> None:
+    run = _train(base, tmp_path / "run", "train.steps=2")
+    code = (
+        "import sys; sys.modules['limbeck'] = None\n"
+        "from transformers import pipeline\n"
+        f"print(pipeline('text-generation', model={str(run.student)!r})('The weather', max_new_tokens=4)[0]['generated_text'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("The weather"), done.stderr
+
+
+def test_projections_are_trained_and_reduced_like_any_weight(base: dict[str, Any], tmp_path: Path) -> None:
+    run = _train(base, tmp_path / "run", "train.checkpoint_every=1", "train.keep_checkpoints=10", "train.optimizer.schedule=constant")
+    first, last = (load_file(run.checkpoints / f"step-0000000{step}" / "learner.safetensors") for step in (1, 6))
+    moved = [name for name in first if name.startswith("projections.") and not torch.equal(first[name], last[name])]
+    assert len(moved) == 2
+
+
+def test_gradient_that_is_not_finite_stops_the_run_and_touches_nothing(base: dict[str, Any], tmp_path: Path) -> None:
+    settings = ["train.checkpoint_every=1", "train.steps=50", "train.optimizer.learning_rate=1e30", "train.optimizer.max_grad_norm=null"]
+    with pytest.raises(RunError, match=r"step \d+: loss .* not finite"):
+        _train(base, tmp_path / "run", *settings)
+    (latest,) = (tmp_path / "run" / "checkpoints").glob("step-*[0-9]")
+    assert all(torch.isfinite(value).all() for value in load_file(latest / "learner.safetensors").values())
+
+
+def test_bfloat16_is_autocast_over_float32_weights(base: dict[str, Any], tmp_path: Path) -> None:
+    full, half = _train(base, tmp_path / "full"), _train(base, tmp_path / "half", "train.precision=bfloat16")
+    assert _losses(half) == pytest.approx(_losses(full), rel=0.05) and _losses(half) != _losses(full)
+    assert all(value.dtype == torch.float32 for value in _weights(half).values())
+
+
+def test_logged_loss_is_the_weighted_sum_of_logged_terms(base: dict[str, Any], tmp_path: Path) -> None:
+    for row in _train(base, tmp_path / "run").metrics():
+        assert row["loss"] == pytest.approx(0.5 * row["loss/ce"] + row["loss/logits"] + row["loss/hidden"])
+        assert row["teacher_nll"] > 0 and 0 < row["teacher_share"] < 1 and row["peak_memory_mb"] > 50
