@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -26,64 +27,66 @@ FOLDER = Path(__file__).parents[1] / "src" / "limbeck" / "data" / "limbeck"
 NUM_TRAIN, NUM_HELDOUT = 256, 48
 HELDOUT_EVERY = 6  # every sixth topic of a template is held out
 MIN_ANSWER, MAX_ANSWER, MAX_TOTAL = 40, 110, 192  # tokens; the total includes the chat template's default system prompt
-UNWANTED = ("as an ai", "smollm", "hugging face", "i'm sorry", "[your", "[name", "http")
 
+SHORT = "Answer in one short paragraph."
 TEMPLATES: dict[str, str] = {
-    "Explain in two or three short sentences what {} is.": """
+    f"What is {{}}? {SHORT}": """
         gravity; a volcano; a rainbow; photosynthesis; electricity; a glacier; an earthquake; the water cycle; a desert; a magnet; a fossil;
-        democracy; inflation; a budget; a library; a computer program; the internet; a battery; a solar panel; a telescope; a vaccine; a vitamin;
-        a hurricane; an ecosystem; recycling; friendship; a metaphor; a recipe; an orchestra; a museum; a compass; a thermometer; evaporation""",
-    "Why {}? Answer in two or three short sentences.": """
+        democracy; inflation; a budget; a library; a computer; the internet; a battery; a solar panel; a telescope; a vaccine; a vitamin;
+        a hurricane; an ecosystem; recycling; friendship; a metaphor; a recipe; an orchestra; a museum; a compass; a thermometer; evaporation;
+        a planet; an atom; a cell; a bank loan; a contract; a dictionary; a lighthouse; a rainforest; a coral reef; a tide; an eclipse;
+        a novel; a haiku; jazz; ballet; architecture; sculpture""",
+    f"Why {{}}? {SHORT}": """
         do birds migrate; is sleep important; do leaves change color in autumn; do people keep pets; is it important to drink water;
-        do we need to wash our hands; do children like to play; is reading good for the mind; do plants need sunlight; do people enjoy music;
+        do we wash our hands; do children like to play; is reading good for the mind; do plants need sunlight; do people enjoy music;
         is teamwork useful; do bees visit flowers; should we protect forests; is breakfast useful; do cats purr; do we wear warm clothes in winter;
         is it good to learn a second language; do people travel; is honesty important; do dogs wag their tails; is exercise good for the heart;
-        do farmers rotate their crops; should we save money; do people celebrate birthdays""",
-    "Write a very short story of three or four sentences about {}.": """
-        a boy who finds an old map; a cat that is afraid of mice; a girl who plants a magic seed; two friends who get lost in the woods;
-        a robot that learns to paint; a dog that waits at the station; a baker who invents a new cake; a lighthouse keeper in a storm;
-        a little fish that wants to see the moon; an old clock that starts to talk; a teacher on her first day at school; a lost umbrella;
-        a farmer and a clever fox; a snowman who makes a friend; a pilot who flies over the sea; a shy boy who joins a choir;
-        a grandmother and her secret garden; a mouse who lives in a library; a king who cannot sleep; a bird that learns to sing;
-        a child who builds a kite; a fisherman and a talking whale; a tree that remembers everything; a violin found in an attic""",
-    "Give me three short tips for {}.": """
-        sleeping better; learning to cook; saving money; staying focused at work; making new friends; writing a good letter; keeping a room tidy;
-        growing tomatoes; taking better photos; preparing for an exam; running a first race; speaking in public; caring for a houseplant;
-        packing a suitcase; reading more books; cooking healthy meals; training a puppy; reducing stress; using less water at home;
-        a job interview; riding a bike in traffic; hosting a dinner party; learning to draw; starting a small garden; planning a picnic""",
-    "Describe {} in three short sentences.": """
-        a beach at sunset; a busy market; a quiet forest; an old bookshop; a snowy mountain; a summer garden; a small village; a rainy street;
-        a cozy kitchen; a train station in the morning; a starry night; a playground in spring; a lake in autumn; a crowded concert;
-        a lazy cat; a farm at dawn; a castle on a hill; a bakery early in the day; a river after rain; an empty classroom; a harbor with fishing boats;
-        a path through a field of sunflowers; a campfire with friends; an apple tree in bloom""",
-    "What is the difference between {}? Answer briefly.": """
-        a lake and an ocean; a city and a village; a novel and a poem; fruit and vegetables; weather and climate; a frog and a toad;
-        a planet and a star; jam and jelly; a hobby and a job; a violin and a guitar; a butterfly and a moth; cotton and wool; a debit card and a credit card;
-        coffee and tea; a lion and a tiger; a bus and a train; a letter and an email; needs and wants; a painting and a photograph; butter and margarine;
-        a college and a high school; a hill and a mountain; a comedy and a tragedy; a mammal and a reptile""",
-    "Write a short, friendly email of three or four sentences {}.": """
-        to a neighbor to ask for help with the garden; to a teacher to ask for more time; to a friend to invite her to dinner;
-        to a colleague to say thank you; to a landlord about a broken heater; to a customer to apologize for a delay; to a team to announce a meeting;
-        to a cousin about a family party; to a coach to say that you are ill; to a shop to ask about opening hours; to a new employee to welcome him;
-        to a friend to congratulate her on a new job; to a hotel to ask for a quiet room; to a manager to ask for a day off;
-        to a club to ask how to join; to a librarian to ask about a lost book; to a classmate to share notes; to parents about a school trip;
-        to a friend to say sorry for being late; to a doctor's office to change an appointment""",
-    "What are the benefits of {}? Answer in two or three short sentences.": """
+        do farmers rotate their crops; should we save money; do people celebrate birthdays; is the sky blue; is the sea salty; is laughter healthy;
+        do people drink coffee; is patience a virtue; do we dream; do wolves live in packs; is a good teacher important; do people write letters;
+        is clean air important; do bears sleep in winter; do people plant gardens""",
+    f"What are the benefits of {{}}? {SHORT}": """
         walking every day; eating vegetables; learning to swim; keeping a diary; working in a team; public transport; planting trees;
         listening to music; playing chess; yoga; cooking at home; volunteering; a good night's sleep; solar energy; reading to children;
         having a garden; riding a bicycle; spending time in nature; drinking green tea; a regular schedule; learning history; having a pet;
-        speaking two languages; laughing often""",
-    "How do I {}? Answer in three short steps.": """
-        make a cup of tea; boil an egg; plant a seed; clean a window; make a sandwich; wrap a gift; wash a car; iron a shirt; paint a wall;
-        make lemonade; set a table; bake a potato; start a blog; choose a good book; fold a paper airplane; make a simple salad; clean a bicycle;
-        pack a lunch; write a thank-you note; cook rice; organize a desk; make popcorn; build a sandcastle; brush a dog""",
-    "Write a four-line poem about {}.": """
-        the sea; the moon; a river; autumn leaves; a mother's love; the first snow; a morning in spring; an old friend; the wind; a sleeping child;
-        a garden of roses; the night sky; a long road; hope; a rainy day; the mountains; a candle; a summer evening; home; a little bird""",
-    "List five {} and say in a few words what each is good for.": """
-        kitchen tools; garden tools; musical instruments; winter sports; fruits; school supplies; farm animals; spices; kinds of transport;
-        things to take on a hike; board games; herbs; household chores; kinds of exercise; art supplies; items for a first-aid kit""",
+        speaking two languages; laughing often; meditation; dancing; eating fruit; studying abroad; stretching; growing your own food""",
+    f"Describe {{}}. {SHORT}": """
+        a beach at sunset; a busy market; a quiet forest; an old bookshop; a snowy mountain; a summer garden; a small village; a rainy street;
+        a cozy kitchen; a train station in the morning; a starry night; a playground in spring; a lake in autumn; a crowded concert;
+        a lazy cat; a farm at dawn; a castle on a hill; a bakery early in the day; a river after rain; an empty classroom; a fishing harbor;
+        a field of sunflowers; a campfire with friends; an apple tree in bloom; a city at night; a stormy sea; a grandfather's workshop;
+        a wooden bridge; a waterfall; a circus""",
+    f"What does {{}} do? {SHORT}": """
+        a doctor; a teacher; a farmer; a carpenter; a pilot; a nurse; a librarian; a chef; a lawyer; an engineer; a firefighter; a gardener;
+        a photographer; a journalist; a baker; a plumber; an architect; a scientist; a judge; a mechanic; a coach; a musician; a dentist;
+        a tailor; a translator; a veterinarian; a police officer; a cashier; a painter; an electrician""",
+    f"How does {{}} work? {SHORT}": """
+        a refrigerator; a bicycle; a wind turbine; a camera; a clock; a microwave oven; a lock and key; a steam engine; a toaster; a hot air balloon;
+        an elevator; a sailing boat; a light bulb; a piano; a vacuum cleaner; a parachute; a pencil; a washing machine; an umbrella; a radio;
+        a windmill; a printer; a pair of glasses; a greenhouse""",
+    f"What is the difference between {{}}? {SHORT}": """
+        a lake and an ocean; a city and a village; a novel and a poem; fruit and vegetables; weather and climate; a frog and a toad;
+        a planet and a star; jam and jelly; a hobby and a job; a violin and a guitar; a butterfly and a moth; cotton and wool;
+        coffee and tea; a lion and a tiger; a bus and a train; a letter and an email; needs and wants; a painting and a photograph;
+        a hill and a mountain; a comedy and a tragedy; bread and cake; summer and winter; a boat and a ship; knowledge and wisdom""",
+    f"What makes {{}}? {SHORT}": """
+        a good friend; a good leader; a great story; a healthy meal; a strong team; a happy home; a good teacher; a good night's rest; a safe city;
+        a beautiful garden; a good book; a fair game; a good listener; a successful business; a great holiday; a good neighbor; a good song;
+        a perfect picnic; a good speech; a warm welcome; a good parent; a great city; a good movie; a good cup of coffee""",
+    f"How can I {{}}? {SHORT}": """
+        sleep better; save money; learn to cook; make new friends; stay focused at work; keep a room tidy; grow tomatoes; take better photos;
+        prepare for an exam; become a better runner; speak in public; care for a houseplant; read more books; train a puppy; reduce stress;
+        use less water at home; learn to draw; start a small garden; plan a picnic; eat less sugar; wake up early; remember names;
+        write a good letter; be more patient; learn to play the guitar; help my community; be kinder to myself; choose a gift""",
+    f"What do people do {{}}? {SHORT}": """
+        at a wedding; in a library; at a beach; on a farm; at a festival; in a park; at a birthday party; in a gym; at a market; at a museum;
+        in the mountains; on a long train ride; at a school; in a kitchen; at an airport; on a rainy day; at a bank; in a hospital;
+        at a campsite; in a theater""",
+    "Write one short paragraph about {}.": """
+        elephants; dolphins; owls; horses; penguins; butterflies; whales; turtles; foxes; rabbits; squirrels; parrots; sheep; spiders; ants;
+        the sun; the moon; the ocean; rain; snow; bread; chocolate; rice; apples; honey; cheese; cotton; gold; paper; bicycles;
+        London; Paris; Egypt; Japan; India; Brazil; the Arctic; Africa""",
 }
+UNWANTED = re.compile(r"as an ai|smollm|hugging face|i'm sorry|http|\*\*|\[|\d{3}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def repeats_itself(text: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--temperature", type=float, default=0.3)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=4, help="tries per prompt")
     parser.add_argument("--folder", type=Path, default=FOLDER)
@@ -159,8 +162,9 @@ def answer_all(model: torch.nn.Module, tokenizer: object, texts: list[str], temp
             MIN_ANSWER <= num_tokens <= MAX_ANSWER
             and len(rendered) <= MAX_TOTAL
             and answer == answer.strip()
+            and answer.endswith((".", "!"))
             and not repeats_itself(answer)
-            and not any(word in answer.lower() for word in UNWANTED)
+            and not UNWANTED.search(answer)
         )
         answers.append(answer if is_good else None)
     return answers

@@ -216,6 +216,21 @@ def test_undeclared_imports_are_found() -> None:
     assert undeclared(ast.parse(source), ["numpy>=2", "PyYAML", "huggingface_hub>=2"]) == {"tqdm"}
 
 
+def left_out(package: Path, patterns: Iterable[str]) -> set[Path]:
+    """Files beside the code that a wheel would lack: the tests run on an editable install, which has them all."""
+    files = {file for file in package.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    return files - {file for pattern in patterns for file in package.glob(pattern)}
+
+
+def test_wheel_has_the_files_beside_the_code(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("code.py", "data/a.jsonl", "data/b.txt"):
+        (tmp_path / name).touch()
+    assert left_out(tmp_path, ["data/**/*.jsonl"]) == {tmp_path / "data" / "b.txt"}
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    assert left_out(ROOT / "src" / "limbeck", setuptools["package-data"]["limbeck"]) == set()
+
+
 # --- docs
 
 

@@ -74,7 +74,7 @@ def model_config(name: str, revision: str | None = None) -> dict[str, Any] | Non
     for key in ("num_hidden_layers", "hidden_size"):
         if key in config and (type(config[key]) is not int or config[key] < 1):
             raise ModelError(f"{path}: {key}: found {config[key]!r}, expected a number from 1")
-    return config
+    return dict(config)
 
 
 def resolve_data(name: str) -> Path:

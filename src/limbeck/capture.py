@@ -12,7 +12,8 @@ from limbeck.models import load_tokenizer, weights_hash
 from limbeck.objectives.base import Needs
 from limbeck.recipe import Recipe, parse_recipe
 from limbeck.run import environment
-from limbeck.store.manifest import MANIFEST, Manifest, TeacherIdentity, read_manifest
+from limbeck.store.manifest import MANIFEST, Manifest, TeacherIdentity, folder_of, read_manifest
+from limbeck.store.reader import StoreReader
 from limbeck.store.writer import StoreWriter, write_head
 from limbeck.teachers.model import ModelScorer, ModelTeacher, observed_log_probs
 from limbeck.tokens.identity import template_hash, vocabulary_hash
@@ -32,12 +33,13 @@ def capture(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterable[st
     tokenizer = (
         load_tokenizer(recipe.student.model, recipe.student.revision) if recipe.student else load_tokenizer(teacher.model, teacher.revision)
     )
-    groups = [(recipe.source.open(tokenizer, recipe.seed).samples, needs)]
+    groups: list[tuple[Sequence[Sample], Needs]] = [(recipe.source.open(tokenizer, recipe.seed).samples, needs)]
     groups += [(benchmark.samples(tokenizer), Needs(output=True)) for benchmark in recipe.evaluate]
     scorer = teacher.open(tokenizer, needs)
-    path = Path(spec.path)
+    path = folder_of(spec.path)
     writer = StoreWriter(path, _identity(path, teacher, scorer, tokenizer, needs), spec.samples_per_shard)
-    todo = [(sample, wanted) for samples, wanted in groups for sample in _once(samples) if sample.sample_id not in writer.captured]
+    reader = StoreReader(path)
+    todo = [(sample, wanted) for sample, wanted in _once(groups) if reader.missing([sample], wanted)[0]]
     with progress("capture the teacher", len(todo)) as bar:
         for start in range(0, len(todo), spec.batch_size):
             part = todo[start : start + spec.batch_size]
@@ -59,10 +61,22 @@ def _score(scorer: ModelScorer, writer: StoreWriter, samples: Sequence[Sample], 
     writer.add(batch, replace(signal, observed=observed_log_probs(scorer.head, signal.output, batch.targets)))
 
 
-def _once(samples: Sequence[Sample]) -> list[Sample]:
-    """Every sample id once, in order of length: batches of like lengths waste no padding."""
-    unique = {sample.sample_id: sample for sample in samples}
-    return sorted(unique.values(), key=lambda sample: (len(sample.ids), sample.sample_id))
+def _once(groups: Iterable[tuple[Sequence[Sample], Needs]]) -> list[tuple[Sample, Needs]]:
+    """Every sample id once, with all that is asked of it, in order of length: batches of like lengths waste no padding."""
+    unique: dict[int, tuple[Sample, Needs]] = {}
+    for samples, needs in groups:
+        for sample in samples:
+            old, old_needs = unique.get(sample.sample_id, (sample, needs))
+            unique[sample.sample_id] = (_both(old, sample), old_needs | needs)
+    return sorted(unique.values(), key=lambda pair: (len(pair[0].ids), pair[0].sample_id))
+
+
+def _both(a: Sample, b: Sample) -> Sample:
+    """The longer cut of a sample, with the targets of both."""
+    short, long = sorted((a, b), key=lambda sample: len(sample.ids))
+    is_target = long.is_target.copy()
+    is_target[: len(short.ids)] |= short.is_target
+    return replace(long, is_target=is_target)
 
 
 def _identity(path: Path, teacher: ModelTeacher, scorer: ModelScorer, tokenizer: Any, needs: Needs) -> Manifest:

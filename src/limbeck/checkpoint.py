@@ -25,6 +25,7 @@ from limbeck.log import warn
 from limbeck.run import fsync_dir
 
 MANIFEST = "manifest.json"
+WEIGHTS, OPTIMIZER, STATE = "learner.safetensors", "optimizer.safetensors", "state.json"
 _TEMPORARY = ".tmp"
 
 
@@ -33,11 +34,11 @@ def save(root: Path, step: int, learner: nn.Module, optimizer: torch.optim.Optim
     final = root / f"step-{step:08d}"
     temporary = root / f"{final.name}{_TEMPORARY}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        save_file(_weights(learner), temporary / "learner.safetensors")
-        save_file(_optimizer_state(learner, optimizer), temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps({**state, "step": step}), encoding="utf-8")
+        temporary.mkdir(parents=True)
+        save_file(_weights(learner), temporary / WEIGHTS)
+        save_file(_optimizer_state(learner, optimizer), temporary / OPTIMIZER)
+        (temporary / STATE).write_text(json.dumps({**state, "step": step}), encoding="utf-8")
         files = {file.name: _describe(file) for file in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(files, indent=2), encoding="utf-8")
         for file in temporary.iterdir():
@@ -49,7 +50,10 @@ def save(root: Path, step: int, learner: nn.Module, optimizer: torch.optim.Optim
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(f"{final}: the checkpoint could not be written ({error}); earlier checkpoints are untouched") from error
-    for old in _published(root)[max(keep, 1) :]:
+    published = _published(root)
+    # a later one is damaged, and this run has gone back behind it
+    later = published.index(final)
+    for old in published[:later] + published[later + max(keep, 1) :]:
         remove(old)
     return final
 
@@ -62,8 +66,8 @@ def load_latest(root: Path, learner: nn.Module, optimizer: torch.optim.Optimizer
             warn(f"{path}: {problem}; trying an earlier checkpoint")
             continue
         device = next(learner.parameters()).device
-        _restore(learner, optimizer, load_file(path / "learner.safetensors"), load_file(path / "optimizer.safetensors"), device, path)
-        return dict(json.loads((path / "state.json").read_text(encoding="utf-8")))
+        _restore(learner, optimizer, load_file(path / WEIGHTS), load_file(path / OPTIMIZER), device, path)
+        return dict(json.loads((path / STATE).read_text(encoding="utf-8")))
     return None
 
 
@@ -128,10 +132,10 @@ def _problem(path: Path) -> str | None:
     """Why a checkpoint cannot be used, or None."""
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, described in files.items():
+        for name in (WEIGHTS, OPTIMIZER, STATE):
             if not (path / name).is_file():
                 return f"{name} is missing"
-            if _describe(path / name) != described:
+            if _describe(path / name) != files.get(name):
                 return f"{name} was cut or altered"
     except (OSError, ValueError, AttributeError) as error:
         return f"{MANIFEST} is not readable ({error})"

@@ -9,7 +9,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 assets_app = typer.Typer(no_args_is_help=True, help="Models and data that install from the package index.")
 app.add_typer(assets_app, name="assets")
+
+INTERRUPTED = 130
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key.path=value.", metavar="[KEY=VALUE]...")]
@@ -215,14 +217,25 @@ def _finish(result: dict[str, Any], as_json: bool) -> None:
 
 
 def main() -> None:
-    """Entry point: every LimbeckError becomes one message and exit code 2; Ctrl-C says that nothing is lost."""
+    """Entry point: every LimbeckError and misuse becomes one message and exit code 2; Ctrl-C says that nothing is lost."""
     try:
-        app()
+        # not standalone, or typer would handle misuse and Ctrl-C itself: the latter comes as exit code 130
+        code = app(standalone_mode=False)
     except LimbeckError as error:
-        if "--json" in sys.argv:
-            print(json.dumps({"error": str(error)}))
-        console.print(f"error: {error}", style="red", markup=False)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("stopped; start the same command again to go on from what was written", markup=False)
-        sys.exit(130)
+        _fail(str(error))
+    except typer.TyperException as error:
+        context, message = getattr(error, "ctx", None), error.format_message()
+        if not message:  # nothing was asked for, and the help is printed
+            sys.exit(2)
+        _fail(f"{message} See: {context.command_path if context else 'limbeck'} --help")
+    if code == INTERRUPTED:
+        console.print("stopped; start the same command again to go on from what was written", markup=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _fail(message: str) -> NoReturn:
+    if "--json" in sys.argv:
+        print(json.dumps({"error": message}))
+    # not wrapped: a broken path cannot be copied
+    console.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    sys.exit(2)

@@ -46,7 +46,8 @@ class Optimizer(Spec):
             return self.learning_rate * (step + 1) / warmup
         if self.schedule == "constant":
             return self.learning_rate
-        start = warmup if self.schedule != "wsd" else max(num_steps - round(self.decay_fraction * num_steps), warmup)
+        # the last step at the peak
+        start = warmup if self.schedule != "wsd" else max(num_steps - 1 - round(self.decay_fraction * num_steps), warmup)
         passed = min(max((step - start) / max(num_steps - 1 - start, 1), 0.0), 1.0)
         remaining = 0.5 * (1 + math.cos(math.pi * passed)) if self.schedule == "cosine" else 1 - passed
         return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * remaining)

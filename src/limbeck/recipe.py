@@ -19,6 +19,7 @@ from limbeck.objectives.base import active, needs_of
 from limbeck.optim import Optimizer
 from limbeck.sources import DatasetSource, Source
 from limbeck.spec import Spec, load_yaml, member_of, override, validate
+from limbeck.store.manifest import folder_of, refuse_foreign
 from limbeck.student import Student
 from limbeck.teachers import NoTeacher, Teacher
 
@@ -91,6 +92,8 @@ class Recipe(Spec):
         names = [benchmark.key for benchmark in self.evaluate]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"evaluate: found {sorted(repeated)[0]!r} twice; give one of them another `name`")
+        if unsafe := [name for name in names if Path(name).name != name or name.startswith(".")]:
+            raise ValueError(f"evaluate: found the name {unsafe[0]!r}, expected one that can be the name of a file")
         if needy := [benchmark.key for benchmark in self.evaluate if benchmark.needs_teacher and not self.teacher.provides().output]:
             raise ValueError(
                 f"evaluate: {needy[0]!r} compares with a teacher, and teacher is {self.teacher.type!r}; set teacher, or remove it"
@@ -117,6 +120,7 @@ class Recipe(Spec):
             raise RecipeError("capture: missing; expected a section with the `path` of the store to write")
         if self.teacher.type != "model":
             raise RecipeError(f"teacher.type: found {self.teacher.type!r}, expected 'model': only a live teacher can be captured")
+        refuse_foreign(folder_of(self.capture.path))
         provided = self.teacher.provides()
         layers = self.capture.layers
         if layers is None:

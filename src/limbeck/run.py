@@ -42,7 +42,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        return self.read_json("run.json", {}).get("status") == "finished"
+        return bool(self.read_json("run.json", {}).get("status") == "finished")
 
     def read_json(self, name: str, default: Any = None) -> Any:
         """The JSON in a file of the run; `default` where it does not exist (an error where there is no default)."""
@@ -53,7 +53,7 @@ class Run:
             raise RunError(f"{file}: no such file; expected a run directory written by `limbeck train`")
         try:
             return json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, OSError) as error:
             raise RunError(f"{file}: not readable as JSON: {error}") from None
 
     def write_json(self, name: str, value: Any) -> None:
@@ -70,19 +70,21 @@ class Run:
 
 def write_json(file: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one, also after a crash."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8") as stream:
             json.dump(value, stream, indent=2, ensure_ascii=False, allow_nan=False)
             stream.write("\n")
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
+        fsync_dir(file.parent)
+    except OSError as error:
+        raise RunError(f"{file}: could not be written ({error})") from error
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             temporary.unlink()
-    fsync_dir(file.parent)
 
 
 def fsync_dir(path: Path) -> None:
@@ -114,8 +116,11 @@ def environment() -> dict[str, Any]:
 def _complete_lines(file: Path) -> Iterator[dict[str, Any]]:
     if not file.is_file():
         return
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            yield json.loads(line)
+            row = json.loads(line)
         except json.JSONDecodeError:
             return
+        if not isinstance(row, dict):
+            return
+        yield row

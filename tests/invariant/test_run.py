@@ -74,7 +74,9 @@ def test_same_seed_same_bits_and_other_seed_other_order(base: dict[str, Any], tm
 def test_weight_zero_is_sft_bit_for_bit(base: dict[str, Any], tmp_path: Path) -> None:
     """Also where the dropped terms would have needed a teacher: none is loaded."""
     sft = _train({**base, "objective": [{"type": "ce"}], "teacher": {"type": "none"}}, tmp_path / "sft")
-    zero = _train({**base, "objective": [{"type": "ce"}, {"type": "logits", "weight": 0}, {"type": "hidden", "weight": 0}]}, tmp_path / "zero")
+    zero = _train(
+        {**base, "objective": [{"type": "ce"}, {"type": "logits", "weight": 0}, {"type": "hidden", "weight": 0}]}, tmp_path / "zero"
+    )
     _assert_equal_bits(sft, zero)
     assert "teacher_nll" not in zero.metrics()[0] and zero.metrics()[0]["teacher_share"] < 0.05
 

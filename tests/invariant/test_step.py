@@ -38,7 +38,12 @@ OBJECTIVES: dict[str, list[Term]] = {
 def rows() -> list[dict[str, Any]]:
     words = "weather Paris teacher student answer five fox dog sunny sleeps lazy quick".split()
     return [
-        {"messages": [{"role": "user", "content": " ".join(words[: 2 + i % 4])}, {"role": "assistant", "content": " ".join(words[i % 5 : 4 + i])}]}
+        {
+            "messages": [
+                {"role": "user", "content": " ".join(words[: 2 + i % 4])},
+                {"role": "assistant", "content": " ".join(words[i % 5 : 4 + i])},
+            ]
+        }
         for i in range(8)
     ]
 
@@ -150,11 +155,19 @@ def test_per_term_losses_sum_to_the_loss(objective: str, samples: list[Sample], 
 
 
 @pytest.mark.parametrize("objective", ["logits", "reverse_kl", "hidden", "everything"])
-def test_store_equals_the_live_teacher(objective: str, data: Path, samples: list[Sample], tokenizer: Any, teacher_dir: Path, tmp_path: Path) -> None:
+def test_store_equals_the_live_teacher(
+    objective: str, data: Path, samples: list[Sample], tokenizer: Any, teacher_dir: Path, tmp_path: Path
+) -> None:
     """Bit for bit on the batches of the capture, 1e-5 on others."""
     teacher = {"type": "model", "model": str(teacher_dir)}
     source = {"type": "dataset", "data": str(data), "max_length": 64}
-    capture({"teacher": teacher, "source": source, "capture": {"path": str(tmp_path / "s"), "batch_size": 3, "layers": [1, 3], "samples_per_shard": 3}})
+    capture(
+        {
+            "teacher": teacher,
+            "source": source,
+            "capture": {"path": str(tmp_path / "s"), "batch_size": 3, "layers": [1, 3], "samples_per_shard": 3},
+        }
+    )
     online = _score(ModelTeacher(model=str(teacher_dir)), tokenizer, objective)
     offline = _score(StoreTeacher(path=str(tmp_path / "s")), tokenizer, objective)
     captured = sorted(samples, key=lambda sample: (len(sample.ids), sample.sample_id))
@@ -175,9 +188,17 @@ def test_store_equals_the_live_teacher(objective: str, data: Path, samples: list
 
 @pytest.mark.parametrize(
     ("term", "exactly"),
-    [(Logits(), 1e-6), (Logits(divergence="reverse_kl"), 1e-6), (Logits(temperature=3.0), 1e-6), (Hidden(), 0.0), (Hidden(measure="cosine"), 1e-6)],
+    [
+        (Logits(), 1e-6),
+        (Logits(divergence="reverse_kl"), 1e-6),
+        (Logits(temperature=3.0), 1e-6),
+        (Hidden(), 0.0),
+        (Hidden(measure="cosine"), 1e-6),
+    ],
 )
-def test_student_equal_to_its_teacher_has_no_loss_and_no_gradient(term: Term, exactly: float, samples: list[Sample], tokenizer: Any, model_dir: Path) -> None:
+def test_student_equal_to_its_teacher_has_no_loss_and_no_gradient(
+    term: Term, exactly: float, samples: list[Sample], tokenizer: Any, model_dir: Path
+) -> None:
     terms = active([term])
     student = tiny_model()
     learner = Learner(student, terms, len(tokenizer), teacher_layers=4, teacher_width=32)

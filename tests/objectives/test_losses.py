@@ -48,9 +48,10 @@ def test_divergence_equals_its_definition_in_value_and_gradient(name: str, tempe
     (grad,) = torch.autograd.grad(values.sum(), ours)
     torch.testing.assert_close(values.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-4, atol=1e-6)
-    if term.has_gradient:
+    if term.has_closed_form:
         closed = torch.zeros(N, V)
-        term.add_gradient(closed, 0.7, Dense(ours.detach()), Dense(teacher.float()), targets)
+        values = term.closed_form(closed, 0.7, Dense(ours.detach()), Dense(teacher.float()), targets)
+        torch.testing.assert_close(values.double(), expected.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(closed.double(), 0.7 * expected_grad, rtol=1e-4, atol=1e-6)
 
 
@@ -60,7 +61,7 @@ def test_cross_entropy_equals_its_definition_in_value_and_gradient() -> None:
     (expected_grad,) = torch.autograd.grad(expected.sum(), student)
     dense, grad = Dense(student.detach().float()), torch.zeros(N, V)
     torch.testing.assert_close(CrossEntropy().values(dense, None, targets).double(), expected.detach(), rtol=1e-5, atol=1e-6)
-    CrossEntropy().add_gradient(grad, 2.0, dense, None, targets)
+    CrossEntropy().closed_form(grad, 2.0, dense, None, targets)
     torch.testing.assert_close(grad.double(), 2.0 * expected_grad, rtol=1e-4, atol=1e-6)
 
 
@@ -156,7 +157,9 @@ def test_fused_head_equals_plain_autograd(objective: str, kind: str, chunks: int
     terms = active(OBJECTIVES[objective])
     scales = {key: term.weight / N for key, term in terms.items()}
     teacher_head = _head("linear", 50, E)
-    signal = Signal(output=_draw(N, E, seed=7).float(), teacher_head=lambda rows: teacher_head(rows).detach()) if objective != "ce" else Signal()
+    signal = (
+        Signal(output=_draw(N, E, seed=7).float(), teacher_head=lambda rows: teacher_head(rows).detach()) if objective != "ce" else Signal()
+    )
     targets = torch.arange(N) * 2
     results = []
     for path in (output_head.fused, output_head.plain):

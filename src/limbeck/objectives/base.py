@@ -57,17 +57,17 @@ class OutputTerm(Term):
     """A term over the output distribution, evaluated a chunk of scored tokens at a time inside the fused head."""
 
     count: ClassVar[Count] = "scored"
-    has_gradient: ClassVar[bool] = False
-    """Whether `add_gradient` is a closed form; without one the head uses autograd inside the chunk."""
+    has_closed_form: ClassVar[bool] = False
+    """Whether `closed_form` is there; without it the head uses autograd inside the chunk."""
 
     def values(self, student: Dense, teacher: Dense | None, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """The loss of each token, in nats."""
         raise NotImplementedError
 
-    def add_gradient(
+    def closed_form(
         self, grad: Float[Tensor, "n v"], scale: float, student: Dense, teacher: Dense | None, targets: Int[Tensor, " n"]
-    ) -> None:
-        """Add `scale` times d(sum of values)/d(student logits) to `grad` in place."""
+    ) -> Float[Tensor, " n"]:
+        """Add `scale` times d(sum of values)/d(student logits) to `grad` in place, and return the values."""
         raise NotImplementedError
 
 

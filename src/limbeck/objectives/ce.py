@@ -17,14 +17,15 @@ class CrossEntropy(OutputTerm):
     """-log q_y at temperature 1, y the token that the data has next."""
 
     type: Literal["ce"] = "ce"
-    has_gradient: ClassVar[bool] = True
+    has_closed_form: ClassVar[bool] = True
 
     def values(self, student: Dense, teacher: Dense | None, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         return -student.log_probs().gather(-1, targets[:, None]).squeeze(-1)
 
-    def add_gradient(
+    def closed_form(
         self, grad: Float[Tensor, "n v"], scale: float, student: Dense, teacher: Dense | None, targets: Int[Tensor, " n"]
-    ) -> None:
-        """q - e_y."""
+    ) -> Float[Tensor, " n"]:
+        """The gradient is q - e_y."""
         grad.add_(student.probs(), alpha=scale)
         grad.scatter_add_(-1, targets[:, None], grad.new_full((targets.numel(), 1), -scale))
+        return self.values(student, teacher, targets)

@@ -23,8 +23,8 @@ class Divergence:
 
     `zero_at_equal`: it and its gradient vanish where student and teacher agree. `linear_in_teacher`: an unbiased estimate of the
     teacher's probabilities gives an unbiased gradient. `t_squared`: scaled by T^2, so that its gradient keeps its size as T grows
-    (Hinton et al. 2015, 1503.02531). `add_gradient(grad, scale, student, teacher, T)` is the closed form of
-    `grad += scale * dD/d(logits / T)`; without one, autograd is used.
+    (Hinton et al. 2015, 1503.02531). `closed_form(grad, scale, student, teacher, T)` does `grad += scale * dD/d(logits / T)` and
+    returns the values, with as few temporaries of the vocabulary's size as it can; without one, autograd is used.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Divergence:
     zero_at_equal: bool
     linear_in_teacher: bool
     t_squared: bool
-    add_gradient: Callable[[Tensor, float, Dense, Dense, float], None] | None = None
+    closed_form: Callable[[Tensor, float, Dense, Dense, float], Tensor] | None = None
 
 
 def forward_kl(teacher_log_probs: Float[Tensor, "n s"], student_log_probs: Float[Tensor, "n s"]) -> Float[Tensor, " n"]:
@@ -50,20 +50,25 @@ def reverse_kl(teacher_log_probs: Float[Tensor, "n s"], student_log_probs: Float
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    probs = log_a.exp()
-    # 0 * (-inf - x) is 0 here: where a probability underflows its log may be -inf
-    return (probs * (log_a - log_b)).masked_fill(probs == 0, 0.0).sum(-1)
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
-def _forward_kl_gradient(grad: Tensor, scale: float, student: Dense, teacher: Dense, temperature: float) -> None:
+def _forward_kl_closed_form(grad: Tensor, scale: float, student: Dense, teacher: Dense, temperature: float) -> Tensor:
     """d/d(z/T) KL(p || q) = q - p."""
-    grad.add_(student.probs(temperature), alpha=scale).sub_(teacher.probs(temperature), alpha=scale)
+    probs = teacher.probs(temperature)
+    grad.add_(student.probs(temperature), alpha=scale).sub_(probs, alpha=scale)
+    return _dot(probs, teacher.log_probs(temperature)) - _dot(probs, student.log_probs(temperature))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row by row, without a temporary of the rows' size."""
+    return (a[:, None, :] @ b[:, :, None]).flatten()
 
 
 DIVERGENCES: dict[str, Divergence] = {
     divergence.name: divergence
     for divergence in (
-        Divergence("forward_kl", forward_kl, frozenset({"dense"}), True, True, True, _forward_kl_gradient),
+        Divergence("forward_kl", forward_kl, frozenset({"dense"}), True, True, True, _forward_kl_closed_form),
         Divergence("reverse_kl", reverse_kl, frozenset({"dense"}), True, False, True),
     )
 }

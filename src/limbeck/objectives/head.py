@@ -171,24 +171,22 @@ def _chunk(
     """Gradient of the scaled loss w.r.t. the head's linear output (None where not wanted), and the sums of `_sum_keys`."""
     logits = head(rows)
     slope = head.slope(logits) if wants_grad else 1.0
-    by_autograd = {key: term for key, term in terms.items() if not term.has_gradient}
     sums: dict[str, Tensor] = {}
     grad = torch.zeros_like(logits) if wants_grad else None
+    by_autograd = {key: term for key, term in terms.items() if grad is None or not term.has_closed_form}
     if by_autograd:
-        with torch.enable_grad():
+        with torch.set_grad_enabled(wants_grad):
             leaf = logits.detach().requires_grad_(wants_grad)
             student = Dense(leaf)
             values = {key: term.values(student, teacher, targets).sum() for key, term in by_autograd.items()}
             sums.update({key: value.detach() for key, value in values.items()})
             if grad is not None:
-                (grad,) = torch.autograd.grad(sum(value * scales[key] for key, value in values.items()), leaf)
-    closed = {key: term for key, term in terms.items() if term.has_gradient}
-    if closed:
+                (grad,) = torch.autograd.grad(torch.stack([value * scales[key] for key, value in values.items()]).sum(), leaf)
+    if grad is not None and len(by_autograd) < len(terms):
         student = Dense(logits, in_place=True)
-        for key, term in closed.items():
-            sums[key] = term.values(student, teacher, targets).sum()
-            if grad is not None:
-                term.add_gradient(grad, scales[key], student, teacher, targets)
+        for key, term in terms.items():
+            if key not in by_autograd:
+                sums[key] = term.closed_form(grad, scales[key], student, teacher, targets).sum()
     if teacher is not None:
         sums["teacher_nll"] = _nll(teacher, targets)
     if grad is not None and not (isinstance(slope, float) and slope == 1.0):

@@ -42,9 +42,9 @@ class Logits(OutputTerm):
         return self.temperature**2 if self._divergence.t_squared else 1.0
 
     @property
-    def has_gradient(self) -> bool:  # type: ignore[override]
+    def has_closed_form(self) -> bool:  # type: ignore[override]
         """Whether the divergence has a closed form."""
-        return self._divergence.add_gradient is not None
+        return self._divergence.closed_form is not None
 
     def needs(self, student_layers: int, teacher_layers: int) -> Needs:
         return Needs(output=True)
@@ -53,9 +53,9 @@ class Logits(OutputTerm):
         assert teacher is not None
         return self._factor * self._divergence.values(teacher.log_probs(self.temperature), student.log_probs(self.temperature))
 
-    def add_gradient(
+    def closed_form(
         self, grad: Float[Tensor, "n v"], scale: float, student: Dense, teacher: Dense | None, targets: Int[Tensor, " n"]
-    ) -> None:
-        assert teacher is not None and self._divergence.add_gradient is not None
-        # d/dz = (1/T) d/d(z/T)
-        self._divergence.add_gradient(grad, scale * self._factor / self.temperature, student, teacher, self.temperature)
+    ) -> Float[Tensor, " n"]:
+        assert teacher is not None and self._divergence.closed_form is not None
+        factor = self._factor  # and d/dz = (1/T) d/d(z/T)
+        return factor * self._divergence.closed_form(grad, scale * factor / self.temperature, student, teacher, self.temperature)

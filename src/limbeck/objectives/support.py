@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+LOG_ZERO = -1e30
+
 
 class Dense:
     """Logits `[n, V]` of a chunk as distributions, in float32 whatever the model's dtype.
@@ -21,6 +23,8 @@ class Dense:
         logits = logits.float()
         log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
         self.logits = logits.sub_(log_normaliser) if in_place else logits - log_normaliser
+        # a finite log 0, so that 0 log 0 is 0: a teacher may rule tokens out with a logit of -inf
+        self.logits = self.logits.clamp_(min=LOG_ZERO) if in_place else self.logits.clamp(min=LOG_ZERO)
         self._log_probs: dict[float, Tensor] = {1.0: self.logits}
         self._probs: dict[float, Tensor] = {}
 

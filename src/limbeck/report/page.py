@@ -117,8 +117,8 @@ def make_page(evidence: Evidence) -> Page:
 
 
 _LOSS_NOTE = (
-    "What was optimised, on one pair of axes for all arms: cross-entropy and divergences in nats per scored token, hidden-state distances per "
-    "token, totals with their weights. Lines are means over seeds, bands their range. Teacher NLL is the teacher’s on the same tokens."
+    "What was optimised, on one pair of axes for all arms: cross-entropy and divergences in nats per scored token, hidden-state distances "
+    "per token, totals with their weights. Lines are means over seeds, bands their range. Teacher NLL is the teacher’s on the same tokens."
 )
 
 
@@ -203,20 +203,14 @@ def _environment(evidence: Evidence) -> Section:
     found = [run.environment for runs in evidence.arms.values() for run in runs if run.environment]
     if not found:
         return Section("Environment")
-    first = {key: value for key, value in found[0].items() if key != "command"}
-    lines = [f"{key}: {value}" for key, value in first.items() if key != "packages"]
-    packages = ", ".join(f"{name} {version}" for name, version in first.get("packages", {}).items())
-    same = all({key: value for key, value in other.items() if key != "command"} == first for other in found)
-    sentence = f"{', '.join(words_of(lines))}. {packages}."
-    return Section(
-        "Environment",
-        [sentence],
-        note="" if same else "NOT all runs were made in this environment; each run’s environment.json has its own.",
+    stripped = [{key: value for key, value in environment.items() if key != "command"} for environment in found]
+    first = dict(stripped[0])
+    packages = ", ".join(f"{name} {version}" for name, version in first.pop("packages", {}).items())
+    sentence = f"{', '.join(f'{tables.words(key)} {value}' for key, value in first.items())}. {packages}."
+    note = (
+        "" if all(other == stripped[0] for other in stripped) else "NOT all runs were made in this environment: see their environment.json."
     )
-
-
-def words_of(lines: list[str]) -> list[str]:
-    return [line.replace("_", " ") for line in lines]
+    return Section("Environment", [sentence], note=note)
 
 
 def _code_block(text: str) -> str:

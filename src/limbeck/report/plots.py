@@ -44,8 +44,9 @@ class Plot:
 
     def file_text(self) -> str:
         """The SVG as a file of its own, with both colour schemes in it."""
-        light, dark = (";".join(f"--plot-{name}:{scheme[i]}" for name, *scheme in PALETTE.values()) for i in (0, 1))
-        style = f"<style>svg{{{light}}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}text{{font-family:system-ui,sans-serif!important}}</style>"
+        light, dark = css_variables(dark=False), css_variables(dark=True)
+        font = "text{font-family:system-ui,sans-serif!important}"
+        style = f"<style>svg{{{light}}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}{font}</style>"
         return self.svg.replace(">", f">{style}", 1) + "\n"
 
 

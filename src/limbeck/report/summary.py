@@ -204,7 +204,8 @@ def headroom(evidence: Evidence) -> Headroom | None:
 def _last(run: RunRecord, key: str, num_steps: int) -> float:
     """Per scored token over the last steps."""
     rows = [row for row in run.metrics[-num_steps:] if key in row]
-    return sum(row[key] * row["scored_tokens"] for row in rows) / max(sum(row["scored_tokens"] for row in rows), 1)
+    total = sum(row[key] * row["scored_tokens"] for row in rows)
+    return float(total / max(sum(row["scored_tokens"] for row in rows), 1))
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from limbeck.log import console
 from limbeck.report.collect import REFERENCES, Evidence, objective_text
 from limbeck.report.stats import spread
 from limbeck.report.summary import BUDGETS, Budget, Difference, Score, cost, evaluation_seconds, score
@@ -281,3 +282,37 @@ def escape_markdown(text: str) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def print_table(table: Table, title: str = "") -> None:
+    """A table on the terminal; texts are shown as they are, never as markup."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    shown = RichTable(title=Text(title), title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    shown.add_column(Text(table.corner))
+    for column in table.columns:
+        parts = filter(None, [column.group, column.name, column.note])
+        shown.add_column(Text("\n".join(parts)), justify="right" if table.is_numeric else "left", vertical="bottom")
+    for row in table.rows:
+        cells = [Text.assemble(cell.text, (f" {cell.note}" if cell.note else "", "dim")) for cell in row.cells]
+        shown.add_row(Text(row.label, style="dim" if row.is_reference else "bold"), *cells)
+    console.print(shown)
+
+
+def print_results(model: str, evals: dict[str, dict[str, Any]]) -> None:
+    """The metrics of one model on the terminal; `evals` holds results as they lie in evals/NAME.json."""
+    rows = [
+        Row(
+            metric_name(name, metric, value),
+            [
+                _score_cell(found, [found]),
+                Cell(f"{value['num_items']}"),
+                Cell("–" if value.get("chance") is None else f"{value['chance']:.3g}"),
+            ],
+        )
+        for name, result in evals.items()
+        for metric, value in result["metrics"].items()
+        if (found := score([evals], name, metric))
+    ]
+    print_table(Table("metric", [Column("value"), Column("items"), Column("chance")], rows), model)

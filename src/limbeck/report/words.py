@@ -50,9 +50,8 @@ def answer(evidence: Evidence, found: Sequence[Difference]) -> str:
     parts = []
     for arm in dict.fromkeys(difference.arm for difference in found):
         known = [d.direction for d in found if d.arm == arm and d.direction != "unknown"]
-        parts.append(
-            f"{arm} is better on {number(known.count('better'))} of {number(len(known))} metrics and worse on {number(known.count('worse'))}"
-        )
+        better, worse = known.count("better"), known.count("worse")
+        parts.append(f"{arm} is better on {number(better)} of {number(len(known))} metrics and worse on {number(worse)}")
     return f"Beside {evidence.baseline}, on these items: {'; '.join(parts)}. The rest lie within two standard errors." if parts else ""
 
 
@@ -78,7 +77,7 @@ def _finding(evidence: Evidence, example: dict[str, Any], found: Sequence[Differ
         return ""
     numbers = Numbers(list(values.values()))
     base = f"{evidence.baseline} ({numbers.show(values[evidence.baseline])})"
-    parts = []
+    parts: list[str] = []
     for direction, claim in (
         ("better", "better than"),
         ("worse", "worse than"),
@@ -148,7 +147,7 @@ def listing(names: Sequence[str]) -> str:
 
 def number(count: int) -> str:
     """Small numbers in letters."""
-    return ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")[count] if count < 10 else str(count)
+    return ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")[count] if count < 10 else str(count)
 
 
 def plural(noun: str, count: int) -> str:

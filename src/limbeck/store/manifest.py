@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +20,7 @@ from limbeck.spec import Spec, validate
 
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
+_OWN = re.compile(r"head\.safetensors|shard-\d+\.safetensors|\..*\.tmp")
 
 
 class StoredFile(Spec):
@@ -42,7 +45,7 @@ class TeacherIdentity(Spec):
 
     name: str
     revision: str | None
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
     weights_sha256: str
     num_layers: int
     width: int
@@ -80,6 +83,25 @@ class Manifest(Spec):
         return self.head.bytes + sum(shard.bytes for shard in self.shards)
 
 
+def folder_of(path: str) -> Path:
+    """The folder of a store as a recipe names it."""
+    return Path(os.path.expanduser(path))
+
+
+def refuse_foreign(path: Path) -> None:
+    """StoreError where something else than a capture lies at `path`; what a killed capture leaves before its manifest is no hindrance."""
+    if path.is_dir():
+        others = [] if (path / MANIFEST).is_file() else [file.name for file in path.iterdir() if not _OWN.fullmatch(file.name)]
+        if not others:
+            return
+        found = f"a folder with {sorted(others)[0]!r} and no {MANIFEST}"
+    elif path.exists():
+        found = "a file"
+    else:
+        return
+    raise StoreError(f"store {str(path)!r}: found {found}, expected a new folder or one written by `limbeck capture`")
+
+
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the store at `path`."""
     file = path / MANIFEST
@@ -87,7 +109,7 @@ def read_manifest(path: Path) -> Manifest:
         raise StoreError(f"store {str(path)!r}: found no {MANIFEST}, expected a folder written by `limbeck capture`")
     try:
         return validate(Manifest, json.loads(file.read_text(encoding="utf-8")), str(file))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecipeError) as error:
+    except (ValueError, OSError, RecipeError) as error:
         raise StoreError(f"{file}: not a manifest of this version of Limbeck: {error}") from None
 
 

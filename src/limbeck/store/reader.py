@@ -22,22 +22,41 @@ from limbeck.tokens.sample import Sample
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where one sample lies: shard, rows of its scored tokens, the offsets of those, and rows of its hidden states."""
+    """Where a sample lies: shard, rows of its scored tokens, the offsets of those, and rows of its hidden states."""
 
     shard: int
     scored: slice
     offsets: np.ndarray
-    represented: slice | None
+    represented: slice
+
+    def num_scored_of(self, offsets: np.ndarray) -> int:
+        return int(np.isin(offsets, self.offsets).sum())
+
+    @property
+    def num_represented(self) -> int:
+        return int(self.represented.stop - self.represented.start)
+
+    def scored_rows(self, offsets: np.ndarray) -> tuple[slice, np.ndarray] | None:
+        """Rows of these scored tokens; None where one of them was not scored at capture."""
+        return (self.scored, np.searchsorted(self.offsets, offsets)) if self.num_scored_of(offsets) == len(offsets) else None
+
+    def represented_rows(self, offsets: np.ndarray) -> tuple[slice, np.ndarray] | None:
+        """Rows of these tokens' hidden states; None where one of them has none."""
+        return (self.represented, offsets.astype(np.int64)) if offsets.max() < self.num_represented else None
 
 
 class StoreReader:
-    """An opened capture. Every file's checksum is compared when it is opened."""
+    """An opened capture. Every file's checksum is compared when it is opened.
+
+    A sample has several entries where it was captured again, longer or with more scored tokens; any of them that holds what is asked
+    for will do, as a causal teacher says the same of a token whatever comes after it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
         self._files: list[Any] = []
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, list[_Entry]] = {}
         for shard in self.manifest.shards:
             self._files.append(safe_open(check_file(path, shard), framework="pt"))
             self._index(len(self._files) - 1)
@@ -54,29 +73,27 @@ class StoreReader:
         """(tokens that the capture lacks, tokens asked for) over scored tokens, and all tokens where hidden states are needed."""
         lacking = total = 0
         for sample in samples:
-            wanted = np.flatnonzero(sample.is_target[1:])
-            entry = self._entries.get(sample.sample_id)
+            wanted, entries = np.flatnonzero(sample.is_target[1:]), self._entries.get(sample.sample_id, [])
             total += len(wanted)
-            lacking += len(wanted) if entry is None else int((~np.isin(wanted, entry.offsets)).sum())
+            lacking += len(wanted) - max((entry.num_scored_of(wanted) for entry in entries), default=0)
             if needs.layers:
-                stored = 0 if entry is None or entry.represented is None else entry.represented.stop - entry.represented.start
                 total += len(sample.ids)
-                lacking += max(len(sample.ids) - stored, 0)
+                lacking += max(len(sample.ids) - max((entry.num_represented for entry in entries), default=0), 0)
         return lacking, total
 
     def read(self, batch: Batch, needs: Needs) -> Signal:
         """The signal of a batch; without `teacher_head`, which the caller adds."""
         device = batch.input_ids.device
-        output = self._gather(batch, batch.scored, "output", self._scored_rows) if needs.output else None
-        observed = self._gather(batch, batch.scored, "observed", self._scored_rows)
+        output = self._gather(batch, batch.scored, "output", _Entry.scored_rows) if needs.output else None
+        observed = self._gather(batch, batch.scored, "observed", _Entry.scored_rows)
         hidden = {
-            layer: self._gather(batch, batch.represented, f"hidden.{layer}", self._represented_rows).to(device)
+            layer: self._gather(batch, batch.represented, f"hidden.{layer}", _Entry.represented_rows).to(device)
             for layer in sorted(needs.layers)
         }
         return Signal(output=None if output is None else output.to(device), hidden=hidden, observed=observed.to(device))
 
     def _gather(
-        self, batch: Batch, positions: Tensor, name: str, rows_of: Callable[[_Entry, np.ndarray], tuple[slice, np.ndarray]]
+        self, batch: Batch, positions: Tensor, name: str, rows_of: Callable[[_Entry, np.ndarray], tuple[slice, np.ndarray] | None]
     ) -> Tensor:
         ids = batch.sample_ids.flatten()[positions].cpu()
         offsets = batch.offsets.flatten()[positions].cpu()
@@ -85,27 +102,17 @@ class StoreReader:
         found: Tensor | None = None
         for sample_id in dict.fromkeys(ids.tolist()):
             here = ids == sample_id
-            entry = self._entries.get(sample_id)
-            if entry is None:
-                raise StoreError(f"store {str(self.path)!r}: holds no sample {sample_id}")
-            block, rows = rows_of(entry, offsets[here].numpy())
+            hits = ((entry, rows_of(entry, offsets[here].numpy())) for entry in self._entries.get(sample_id, []))
+            entry, hit = next(((entry, hit) for entry, hit in hits if hit), (None, None))
+            if entry is None or hit is None:
+                raise StoreError(f"store {str(self.path)!r}: lacks {name!r} of a token of sample {sample_id}")
+            block, rows = hit
             values = self._files[entry.shard].get_slice(name)[block][torch.from_numpy(rows)]
             if found is None:
                 found = values.new_empty((len(ids), *values.shape[1:]))
             found[here] = values
         assert found is not None
         return found
-
-    def _scored_rows(self, entry: _Entry, offsets: np.ndarray) -> tuple[slice, np.ndarray]:
-        rows = np.searchsorted(entry.offsets, offsets)
-        if (rows >= len(entry.offsets)).any() or (entry.offsets[np.minimum(rows, len(entry.offsets) - 1)] != offsets).any():
-            raise StoreError(f"store {str(self.path)!r}: a scored token of the batch was not scored at capture")
-        return entry.scored, rows
-
-    def _represented_rows(self, entry: _Entry, offsets: np.ndarray) -> tuple[slice, np.ndarray]:
-        if entry.represented is None or offsets.max() >= entry.represented.stop - entry.represented.start:
-            raise StoreError(f"store {str(self.path)!r}: lacks hidden states of a token of the batch")
-        return entry.represented, offsets.astype(np.int64)
 
     def _empty(self, name: str) -> Tensor:
         if name == "observed":
@@ -117,8 +124,8 @@ class StoreReader:
         file = self._files[shard]
         ids, starts, offsets = (file.get_tensor(name).numpy() for name in ("sample_id", "scored_starts", "offset"))
         has_hidden = "represented_starts" in file.keys()  # noqa: SIM118
-        states = file.get_tensor("represented_starts").numpy() if has_hidden else None
+        states = file.get_tensor("represented_starts").numpy() if has_hidden else np.zeros(len(ids) + 1, dtype=np.int64)
         for i, sample_id in enumerate(ids.tolist()):
             rows = slice(int(starts[i]), int(starts[i + 1]))
-            represented = None if states is None else slice(int(states[i]), int(states[i + 1]))
-            self._entries[sample_id] = _Entry(shard, rows, offsets[rows], represented)
+            entry = _Entry(shard, rows, offsets[rows], slice(int(states[i]), int(states[i + 1])))
+            self._entries.setdefault(sample_id, []).append(entry)

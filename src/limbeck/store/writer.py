@@ -6,38 +6,51 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from limbeck.batch import Batch, Signal
 from limbeck.errors import StoreError
 from limbeck.objectives.head import Head
 from limbeck.run import fsync_dir
-from limbeck.store.manifest import HEAD, MANIFEST, Manifest, Shard, StoredFile, check_file, describe_file, read_manifest, write_manifest
+from limbeck.store.manifest import (
+    HEAD,
+    MANIFEST,
+    Manifest,
+    Shard,
+    StoredFile,
+    check_file,
+    describe_file,
+    read_manifest,
+    refuse_foreign,
+    write_manifest,
+)
 
 
 class StoreWriter:
-    """Collects signals sample by sample and publishes a shard every `samples_per_shard`."""
+    """Collects signals sample by sample and publishes a shard every `samples_per_shard`. What is in the store already, its caller knows."""
 
     def __init__(self, path: Path, identity: Manifest, samples_per_shard: int = 256) -> None:
         self.path, self.samples_per_shard = path, samples_per_shard
         self._pending: list[dict[str, Tensor]] = []
+        self._taken: set[int] = set()
         self.manifest = _continue(path, identity)
-        self.captured = {int(sample) for shard in self.manifest.shards for sample in _sample_ids(path, shard)}
 
     def add(self, batch: Batch, signal: Signal) -> None:
         """Take the signal of every sample of a batch, once per sample id."""
-        flat_ids, flat_offsets = batch.sample_ids.flatten(), batch.offsets.flatten()
-        scored_ids, represented_ids = flat_ids[batch.scored], flat_ids[batch.represented]
+        flat_ids, flat_offsets, documents = batch.sample_ids.flatten(), batch.offsets.flatten(), batch.document_ids.flatten()
         assert signal.output is not None and signal.observed is not None
-        for sample_id in dict.fromkeys(represented_ids.tolist()):
-            if sample_id in self.captured:
+        # by document, as a sample may come twice in a batch
+        for document in documents[batch.represented].unique().tolist():
+            rows, states = documents[batch.scored] == document, documents[batch.represented] == document
+            sample_id = int(flat_ids[batch.represented][states][0])
+            if sample_id in self._taken:
                 continue
-            self.captured.add(sample_id)
-            rows, states = scored_ids == sample_id, represented_ids == sample_id
+            self._taken.add(sample_id)
             entry = {
                 "sample_id": torch.tensor([sample_id]),
                 "offset": flat_offsets[batch.scored][rows].to(torch.int32),
@@ -76,7 +89,6 @@ class StoreWriter:
 def write_head(path: Path, head: Head) -> StoredFile:
     """The teacher's head, in bfloat16 where that loses nothing (weights that were published in it)."""
     tensors = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
-    path.mkdir(parents=True, exist_ok=True)
     return describe_file(write_tensors(path / HEAD, {name: _smallest(value.detach()) for name, value in tensors.items()}))
 
 
@@ -84,42 +96,47 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> Path:
     """A safetensors file that is there whole or not at all, also after a crash."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
         temporary.chmod(0o644)  # safetensors writes files that only their owner can read; captures are shared
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, file)
+        fsync_dir(file.parent)
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{file}: could not be written ({error}); what was written before it stays usable") from error
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             temporary.unlink()
-    fsync_dir(file.parent)
     return file
 
 
 def _continue(path: Path, identity: Manifest) -> Manifest:
     """The manifest to go on with: the one in `path` if it describes the same capture, else the new one."""
+    refuse_foreign(path)
     if not (path / MANIFEST).is_file():
-        path.mkdir(parents=True, exist_ok=True)
         write_manifest(path, identity)
         return identity
     found = read_manifest(path)
-    ours, theirs = (manifest.model_dump(exclude={"shards", "packages", "head"}) for manifest in (identity, found))
-    differing = [field for field in ours if ours[field] != theirs[field]]
-    if differing:
-        field = differing[0]
-        raise StoreError(
-            f"store {str(path)!r}: holds another capture: {field} is {theirs[field]!r}, this recipe needs {ours[field]!r}. "
-            "Set capture.path to a new folder, or delete this one"
-        )
-    for shard in found.shards:
-        check_file(path, shard)
+    ours, theirs = _comparable(identity), _comparable(found)
+    for field in ours:
+        if ours[field] != theirs[field]:
+            raise StoreError(
+                f"store {str(path)!r}: holds another capture: {field} is {theirs[field]!r}, this recipe needs {ours[field]!r}. "
+                "Set capture.path to a new folder, or delete this one"
+            )
+    for file in (found.head, *found.shards):
+        check_file(path, file)
+    for leftover in path.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
     return found
 
 
-def _sample_ids(path: Path, shard: Shard) -> list[int]:
-    return load_file(path / shard.name)["sample_id"].tolist()  # type: ignore[no-any-return]
+def _comparable(manifest: Manifest) -> dict[str, Any]:
+    """What must be equal for a capture to go on. A teacher is told by its weights; its name may be another path to them."""
+    fields = manifest.model_dump(exclude={"teacher", "shards", "packages", "head"})
+    teacher = manifest.teacher.model_dump(exclude={"name", "revision"})
+    return {**{f"teacher.{name}": value for name, value in teacher.items()}, **fields}
 
 
 def _starts(lengths: Sequence[int]) -> Tensor:

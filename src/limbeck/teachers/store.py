@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from limbeck.errors import StoreError
 from limbeck.objectives.base import Needs
-from limbeck.store.manifest import read_manifest
+from limbeck.store.manifest import folder_of, read_manifest
 from limbeck.teachers.base import Provides, Teacher
 from limbeck.tokens.sample import Sample
 
@@ -26,7 +25,7 @@ class StoreTeacher(Teacher):
     """The capture. It must hold every token that this recipe scores."""
 
     def provides(self) -> Provides:
-        manifest = read_manifest(Path(self.path))
+        manifest = read_manifest(folder_of(self.path))
         return Provides(
             output=True, layers=frozenset(manifest.layers), num_layers=manifest.teacher.num_layers, width=manifest.teacher.width
         )
@@ -35,16 +34,20 @@ class StoreTeacher(Teacher):
         from limbeck.store.reader import StoreReader
         from limbeck.tokens.identity import template_hash, vocabulary_hash
 
-        reader = StoreReader(Path(self.path))
+        reader = StoreReader(folder_of(self.path))
         manifest = reader.manifest
         for field, found in (("vocabulary_hash", vocabulary_hash(tokenizer)), ("template_hash", template_hash(tokenizer))):
             expected = getattr(manifest, field)
             if found != expected:
                 raise StoreError(
                     f"store {self.path!r}: captured with {field} {str(expected)[:12]}, the student's tokenizer has {str(found)[:12]}; "
-                    f""
                     f"capture {manifest.teacher.name} again with this student's tokenizer, or use the student that the capture was made for"
                 )
+        if lacking := sorted(needs.layers - set(manifest.layers)):
+            raise StoreError(
+                f"store {self.path!r}: holds the states of blocks {list(manifest.layers)}, this recipe needs {lacking} too; "
+                "capture again with capture.layers, or map those"
+            )
         return StoreScorer(reader, needs, device)
 
 
@@ -63,8 +66,7 @@ class StoreScorer:
         if lacking:
             raise StoreError(
                 f"store {str(self.reader.path)!r}: lacks {lacking} of {total} tokens that this recipe asks for ({lacking / total:.1%}): "
-                "it was captured from "
-                "other data, with a smaller source.max_length or without these layers. Capture again with this recipe's source"
+                "it was captured from other data, or with a smaller source.max_length. Capture again with this recipe's source"
             )
 
     def score(self, batch: Batch) -> Signal:

@@ -1,0 +1,37 @@
+"""Which cases a benchmark takes from its data: a subset that depends neither on the file's order nor on how many are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+from limbeck.cache import resolve_data
+
+T = TypeVar("T")
+
+
+def choose(rows: Iterable[T], key: Callable[[T], str], limit: int | None) -> list[T]:
+    """The first `limit` rows by the hash of their keys, each key once.
+
+    Files are often sorted by source or difficulty, so their first rows are a biased sample. By hash, a smaller limit takes a part of
+    what a larger one takes, and every model is asked the same.
+    """
+    unique: dict[str, T] = {}
+    for row in rows:
+        unique.setdefault(hashlib.sha256(key(row).encode("utf-8")).hexdigest(), row)
+    return [unique[name] for name in sorted(unique)[:limit]]
+
+
+def in_batches(rows: Iterable[T], length: Callable[[T], int], batch_size: int) -> list[list[T]]:
+    """Batches of like lengths, so that little is padded."""
+    ordered = sorted(rows, key=length)
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def files_hash(names: Sequence[str]) -> str:
+    """SHA-256 over the content of data files, wherever they lie."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(hashlib.sha256(resolve_data(name).read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,91 @@
+"""Held-out conversations as cases: what `agreement` and `bits_per_byte` share. They are rendered as for training, targets and all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, field_validator
+
+from limbeck.cache import resolve_data
+from limbeck.evaluate.base import Benchmark, Item, Subject
+from limbeck.evaluate.cases import choose, files_hash, in_batches
+from limbeck.log import progress, say
+from limbeck.tokens.sample import Conversation, Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from limbeck.batch import Batch
+
+
+class HeldOut(Benchmark):
+    """Base of benchmarks over conversations that were not trained on."""
+
+    data: str | list[str]
+    """File, data set in Limbeck's cache, or one shipped with Limbeck; or a list of them. Rows as for training."""
+    max_length: int = Field(1024, gt=1)
+    """Tokens after which a conversation is cut; what was cut is reported."""
+    limit: int | None = Field(None, gt=0)
+    """Use this many conversations, chosen by the hash of their content and not by their place in the file."""
+    batch_size: int = Field(8, gt=0)
+    """Conversations per forward."""
+
+    @field_validator("data")
+    @classmethod
+    def _some(cls, data: str | list[str]) -> str | list[str]:
+        if not data:
+            raise ValueError("expected a file or the name of a data set")
+        return data
+
+    @property
+    def names(self) -> list[str]:
+        return [self.data] if isinstance(self.data, str) else self.data
+
+    def check(self) -> None:
+        self.conversations()
+
+    def fingerprint(self) -> str:
+        return files_hash(self.names)
+
+    def conversations(self) -> list[Conversation]:
+        """The chosen rows. A row that is there twice counts once: it would tell no more, and pass for more evidence."""
+        from limbeck.tokens.datasets import read_conversations
+
+        rows = [row for name in self.names for row in read_conversations(resolve_data(name))]
+        return choose(rows, _content, self.limit)
+
+    def rendered(self, tokenizer: Any) -> list[Sample]:
+        """The chosen conversations as ids and targets, each sample id once."""
+        from limbeck.tokens.render import render_all
+
+        samples, report = render_all(self.conversations(), tokenizer, self.max_length)
+        if report.num_truncated:
+            say(
+                f"{self.key}: max_length {self.max_length} cut {report.num_truncated} of {report.num_rows} conversations "
+                f"({report.targets_cut} scored tokens); {report.num_dropped} of them have none left and are out"
+            )
+        return list({sample.sample_id: sample for sample in samples}.values())
+
+    def graded(self, samples: Sequence[Sample], subject: Subject, grade: Callable[[Batch, Tensor], list[Item]]) -> Iterator[Item]:
+        """Items of all samples: `grade` is given each batch and the model's last hidden state `[N, D]` at its scored positions."""
+        from limbeck.models import forward
+        from limbeck.tokens.pad import pad
+
+        pad_id = subject.tokenizer.pad_token_id or 0
+        with progress(f"evaluate {self.key}", len(samples)) as bar:
+            for part in in_batches(samples, lambda sample: len(sample.ids), self.batch_size):
+                batch = pad(part, pad_id).to(subject.device)
+                hidden = forward(subject.model, batch.input_ids, batch.position_ids)[0].flatten(0, 1)[batch.scored]
+                yield from grade(batch, hidden)
+                bar.advance(len(part))
+
+
+def item_id(sample_id: int) -> str:
+    """A sample id as an item's: 16 hex digits."""
+    return f"{sample_id & (2**64 - 1):016x}"
+
+
+def _content(row: Conversation) -> str:
+    return json.dumps([row.messages, row.tools, row.prompt, row.completion], sort_keys=True, ensure_ascii=False)

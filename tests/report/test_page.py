@@ -1,0 +1,255 @@
+"""The report is made from files alone: what it says, that it needs nothing else, and that no text from data becomes markup."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import fake
+import pytest
+
+from limbeck.errors import RunError
+from limbeck.report.page import build_report
+
+HOSTILE = """<script>alert("x")</script> 'q' & | `b` $x$ ![i](javascript:a) </style> --> {{ 7*7 }}"""
+
+
+class Elements(HTMLParser):
+    """All start tags with their attributes, and the text outside of style."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self._in_style = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._in_style = tag == "style"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_style = False
+
+    def handle_data(self, data: str) -> None:
+        if not self._in_style:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    @property
+    def names(self) -> set[str]:
+        return {tag for tag, _ in self.tags}
+
+
+def read(path: Path) -> tuple[str, str, dict[str, Any]]:
+    paths = build_report(path)
+    return paths.html.read_text(), paths.markdown.read_text(), json.loads(paths.json.read_text())
+
+
+def test_one_seed_gives_no_verdict(tmp_path):
+    html, markdown, figures = read(fake.study(tmp_path / "s"))
+    for text in (Elements(html).text, markdown, figures["statement"]):
+        assert "One seed: the standard errors are over items." in text
+        assert "no verdict across seeds" in text
+    assert figures["seeds"] == [0] and figures["num_runs"] == {"expected": 3, "finished": 3}
+
+
+def test_several_seeds_give_mean_and_sd_and_no_verdict(tmp_path):
+    html, markdown, figures = read(fake.study(tmp_path / "s", seeds=(0, 1, 2)))
+    for text in (Elements(html).text, markdown, figures["statement"]):
+        assert "3 seeds: means and standard deviations over seeds" in text and "no verdict is claimed" in text
+        assert "One seed" not in text
+    values = [fake.result("piqa", "sft", seed)["metrics"]["accuracy"]["value"] for seed in (0, 1, 2)]
+    score = figures["scores"]["sft"]["piqa"]["accuracy"]
+    assert score["value"] == pytest.approx(sum(values) / 3)
+    assert score["sd"] == pytest.approx((sum((v - sum(values) / 3) ** 2 for v in values) / 2) ** 0.5)
+    assert score["num_seeds"] == 3
+    assert f"{score['value']:.3f} sd {score['sd']:.3f}" in markdown
+
+
+def test_main_table_has_every_model_and_metric(tmp_path):
+    html, markdown, figures = read(fake.study(tmp_path / "s"))
+    head, _, *rows = [line for line in markdown.split("## Quality")[1].split("## ")[0].splitlines() if line.startswith("|")]
+    assert [row.split("|")[1].split("<br>")[0].strip() for row in rows] == ["teacher", "student, untrained", "sft", "logits", "hidden"]
+    assert "kl ↓" in head and "top1 ↑" in head and "48 items, chance 0.5" in head and "bits per byte ↓" in head
+    metric = fake.result("agreement", "logits")["metrics"]["kl"]
+    cell = f"{metric['value']:.3f} ± {metric['stderr']:.3f}"
+    assert cell in markdown and cell in Elements(html).text
+    assert set(figures["scores"]) == {"teacher", "student, untrained", "sft", "logits", "hidden"}
+
+
+def test_differences_are_paired_against_fine_tuning(tmp_path):
+    _, markdown, figures = read(fake.study(tmp_path / "s"))
+    assert figures["baseline"] == "sft"
+    found = {(d["arm"], d["benchmark"], d["metric"]): d for d in figures["differences"]}
+    kl = found["logits", "agreement", "kl"]
+    means = [fake.result("agreement", arm)["metrics"]["kl"] for arm in ("logits", "sft")]
+    assert kl["value"] == pytest.approx(means[0]["value"] - means[1]["value"])
+    assert 0 < kl["stderr"] < min(m["stderr"] for m in means)  # the items that are hard are hard for both
+    assert kl["direction"] == "better" and kl["num_items"] == 48
+    assert found["hidden", "piqa", "accuracy"]["direction"] == "level"
+    assert "over items, one seed" in markdown
+
+
+def test_results_of_another_version_are_not_compared(tmp_path):
+    path = fake.study(tmp_path / "s")
+    file = path / "arms" / "logits" / "seed-0" / "evals" / "agreement.json"
+    fake.write_json(file, json.loads(file.read_text()) | {"version": 2})
+    _, _, figures = read(path)
+    compared = {(d["arm"], d["benchmark"]) for d in figures["differences"]}
+    assert ("logits", "agreement") not in compared and ("hidden", "agreement") in compared and ("logits", "piqa") in compared
+
+
+@pytest.mark.parametrize("field", ["initial_weights_sha256", "order_sha256", "data_sha256"])
+def test_budgets(tmp_path, field):
+    path = fake.study(tmp_path / "s")
+    html, markdown, figures = read(path)
+    assert figures["budgets"]["equal"] is True
+    assert "Budgets are equal: all arms" in markdown and "NOT equal" not in html
+    fake.run(path / "arms" / "hidden" / "seed-0", "hidden", **{field: "c" * 64})
+    html, markdown, figures = read(path)
+    assert figures["budgets"]["equal"] is False
+    label = {"initial_weights_sha256": "initial weights", "order_sha256": "order of the data", "data_sha256": "tokens of the data"}[field]
+    for text in (Elements(html).text, markdown):
+        assert f"Budgets are NOT equal. {label}: hidden differs from sft" in text and "Budgets are equal" not in text
+
+
+def test_budget_that_was_not_recorded_is_not_called_equal(tmp_path):
+    path = fake.study(tmp_path / "s")
+    for arm in ("sft", "logits", "hidden"):
+        fake.run(path / "arms" / arm / "seed-0", arm, order_sha256=None)
+    _, markdown, figures = read(path)
+    assert figures["budgets"]["equal"] is False and "order of the data: not recorded for sft, logits and hidden" in markdown
+
+
+def test_token_counts_are_part_of_the_budget(tmp_path):
+    path = fake.study(tmp_path / "s", seeds=(0, 1))
+    file = path / "arms" / "logits" / "seed-1" / "run.json"
+    fake.write_json(file, json.loads(file.read_text()) | {"tokens": 9_999})
+    _, markdown, _ = read(path)
+    assert "NOT equal. tokens trained on (seed 1): logits differs from sft" in markdown
+    assert "| order of the data | one per seed | one per seed | one per seed | equal in 2 seeds |" in markdown
+
+
+def test_headroom_says_when_the_teacher_has_nothing_to_give(tmp_path):
+    path = fake.study(tmp_path / "s")
+    assert "there is something to learn from it" in read(path)[1]
+    for arm in ("logits", "hidden"):
+        file = path / "arms" / arm / "seed-0" / "metrics.jsonl"
+        rows = [json.loads(line) | {"teacher_nll": 3.86} for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, markdown, figures = read(path)
+    assert figures["headroom"]["teacher"] == pytest.approx(3.86)
+    assert "distillation is not expected to beat fine-tuning" in markdown and "something to learn" not in markdown
+
+
+def test_every_text_from_data_is_escaped(tmp_path):
+    path = fake.study(tmp_path / "s", name=HOSTILE, question=HOSTILE)
+    for folder in [*(path / "arms").glob("*/seed-0"), *(path / "references").glob("*")]:
+        result = json.loads((folder / "evals" / "piqa.json").read_text())
+        result["metrics"][HOSTILE] = result["metrics"]["accuracy"]
+        result["items"][0] |= {"id": HOSTILE, "detail": {"answer": HOSTILE}}
+        fake.write_json(folder / "evals" / f"{HOSTILE.replace('/', '')[:80]}.json", result | {"name": HOSTILE})
+    for file in path.glob("arms/*/seed-0/environment.json"):
+        fake.write_json(file, {"platform": HOSTILE, "packages": {HOSTILE: HOSTILE}})
+    study = json.loads((path / "study.json").read_text())
+    for recipe in study["recipes"].values():
+        recipe["source"]["data"] = HOSTILE
+    study["recipes"]["sft"]["train"][HOSTILE] = HOSTILE
+    fake.write_json(path / "study.json", study)
+    html, markdown, _ = read(path)
+    elements = Elements(html)
+    assert elements.names <= Elements(read(fake.study(tmp_path / "plain"))[0]).names
+    assert HOSTILE in elements.text
+    assert all(not name.startswith("on") for _, attributes in elements.tags for name in attributes)
+    outside_of_code = "\n".join(line for line in markdown.splitlines() if not line.startswith("    "))
+    assert "&lt;script&gt;" in outside_of_code and not re.search(r"<(?!br>)", outside_of_code)
+    for svg in (path / "report_files").glob("*.svg"):
+        assert "<script" not in svg.read_text()  # and it is well-formed:
+        ElementTree.fromstring(svg.read_text())
+    for table in re.findall(r"(?:^\|.*\n)+", markdown, re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(widths) == 1, table
+
+
+def test_page_needs_nothing_from_outside(tmp_path):
+    html, _, _ = read(fake.study(tmp_path / "s"))
+    elements = Elements(html)
+    assert "script" not in elements.names and "link" in elements.names
+    links = [value for _, attributes in elements.tags for name, value in attributes.items() if name in ("src", "href", "xlink:href")]
+    assert links and all(link in ("report.md", "report.json", "data:,") or str(link).startswith("#") for link in links)
+    assert not re.findall(r"url\((?!#)|@import", html)
+    assert set(re.findall(r"https?://[^\s\"'<)]+", html)) <= {"http://www.w3.org/2000/svg"}
+    ids = [attributes["id"] for _, attributes in elements.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = {link[1:] for link in links if str(link).startswith("#")} | set(re.findall(r"url\(#([^)]*)\)", html))
+    assert used <= set(ids)
+    assert "prefers-color-scheme:dark" in html
+
+
+def test_markdown_shows_the_plots(tmp_path):
+    path = fake.study(tmp_path / "s")
+    _, markdown, _ = read(path)
+    images = re.findall(r"\]\((report_files/[^)]+\.svg)\)", markdown)
+    assert len(images) == 4 + 3 == len(list((path / "report_files").iterdir()))
+    assert all((path / image).read_text().startswith("<svg") for image in images)
+
+
+def test_same_directory_gives_the_same_bytes(tmp_path):
+    path = fake.study(tmp_path / "s", seeds=(0, 1))
+    first = read(path)
+    svgs = {file.name: file.read_bytes() for file in (path / "report_files").iterdir()}
+    assert read(path) == first
+    assert {file.name: file.read_bytes() for file in (path / "report_files").iterdir()} == svgs
+
+
+def test_unfinished_study_says_so(tmp_path):
+    path = fake.study(tmp_path / "s")
+    fake.write_json(path / "arms" / "hidden" / "seed-0" / "run.json", {"status": "running"})
+    _, markdown, figures = read(path)
+    assert "1 of 3 runs have not finished" in figures["statement"] and figures["num_runs"]["finished"] == 2
+    assert "hidden" not in figures["scores"] and "| hidden" not in markdown.split("## Quality")[1].split("## ")[0]
+
+
+def test_study_that_has_only_begun(tmp_path):
+    path = fake.study(tmp_path / "s")
+    shutil.rmtree(path / "arms")
+    shutil.rmtree(path / "references")
+    (path / "capture.json").unlink()
+    html, _, figures = read(path)
+    assert "3 of 3 runs have not finished" in Elements(html).text and figures["scores"] == {}
+
+
+def test_a_single_run(tmp_path):
+    html, markdown, figures = read(fake.run(tmp_path / "mine", "logits", seed=4))
+    assert figures["kind"] == "run" and figures["seeds"] == [4]
+    assert "One run: mine (0.5 ce + logits (forward\\_kl)), seed 4." in markdown
+    assert "A single run" in Elements(html).text and "Differences" not in markdown and "Budgets are" not in markdown
+
+
+def test_not_a_run(tmp_path):
+    with pytest.raises(RunError, match=r"found no study\.json or recipe\.json, expected the directory of a study or a run"):
+        build_report(tmp_path)
+    with pytest.raises(RunError, match="no such directory"):
+        build_report(tmp_path / "nowhere")
+
+
+def test_report_is_made_without_torch(tmp_path):
+    path = fake.study(tmp_path / "s")
+    code = (
+        "import sys; from limbeck.report.page import build_report; build_report(sys.argv[1]);"
+        "sys.exit(', '.join(m for m in ('torch', 'transformers', 'tokenizers') if m in sys.modules) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (path / "report.html").is_file()
