@@ -78,7 +78,7 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path, monkeyp
     replace, seen = os.replace, []
 
     def look_and_replace(source, target):
-        seen.append((json.loads(file.read_text()), json.loads(open(source).read())))
+        seen.append((json.loads(file.read_text()), json.loads(source.read_text())))
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", look_and_replace)

@@ -294,7 +294,7 @@ def test_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "other.txt").write_text("")
     with pytest.raises(RecipeError, match=r"recpie\.yaml: no such file or directory; did you mean 'recipe\.yaml'\?$"):
         load_yaml(tmp_path / "recpie.yaml")
-    with pytest.raises(RecipeError, match="no such file or directory$"):
+    with pytest.raises(RecipeError, match=r"no such file or directory$"):
         load_yaml(tmp_path / "no" / "recipe.yaml")
 
 

@@ -170,8 +170,6 @@ def schema(of: Annotated[SchemaOf, typer.Argument(help="recipe or study.")] = Sc
 @assets_app.command("list")
 def assets_list(as_json: Json = False) -> None:
     """Show what can be fetched, its size and licence, and what is there."""
-    from dataclasses import asdict
-
     from rich.table import Table
 
     from limbeck.assets import list_assets
@@ -180,10 +178,21 @@ def assets_list(as_json: Json = False) -> None:
     table = Table("name", "groups", "kind", "MB", "here", "licence")
     for asset in found:
         table.add_row(
-            asset.name, ", ".join(asset.groups), asset.kind, f"{asset.download_mb:.0f}", "yes" if asset.present else "", asset.licence
+            asset.name, ", ".join(asset.groups), asset.kind, f"{asset.megabytes:.0f}", "yes" if asset.path.exists() else "", asset.licence
         )
     console.print(table)
-    _finish({"assets": [asdict(asset) for asset in found]}, as_json)
+    rows = [
+        {
+            "name": asset.name,
+            "groups": list(asset.groups),
+            "kind": asset.kind,
+            "megabytes": asset.megabytes,
+            "licence": asset.licence,
+            "path": str(asset.path) if asset.path.exists() else None,
+        }
+        for asset in found
+    ]
+    _finish({"assets": rows}, as_json)
 
 
 @assets_app.command("fetch")

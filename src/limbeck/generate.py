@@ -6,11 +6,12 @@ answer under different rules. An item's answer does not depend on what it is bat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from limbeck.errors import DataError
 
@@ -23,10 +24,12 @@ def generate(
     pad_id: int,
     batch_size: int = 8,
     vocabulary: int | None = None,
+    advance: Callable[[int], object] | None = None,
 ) -> list[list[int]]:
     """The ids that follow each prompt, in the order of the prompts: at most `max_new_tokens`, the eos that ended them included.
 
-    `vocabulary` is the number of real tokens: the padded rows of the head beyond it are never produced.
+    `vocabulary` is the number of real tokens: the padded rows of the head beyond it are never produced. `advance` is told how many
+    more prompts are done, for a progress bar.
     """
     if empty := [index for index, prompt in enumerate(prompts) if not len(prompt)]:
         raise DataError(f"prompt {empty[0]} is empty, expected at least one token to go on from")
@@ -40,7 +43,27 @@ def generate(
             rows = _generate_batch(model, [prompts[index] for index in part], pad_id)
             for index, row in zip(part, rows, strict=True):
                 answers[index] = _until(row, eos_ids)
+            if advance is not None:
+                advance(len(part))
     return answers
+
+
+def eos_ids_of(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: the tokenizer's eos, and the model's own (the end of a turn is often another token)."""
+    stated = getattr(model.generation_config, "eos_token_id", None)
+    own = stated if isinstance(stated, list) else [stated]
+    return sorted({index for index in (tokenizer.eos_token_id, *own) if index is not None})
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask `[B, T]`: padded on the left, so that all rows go on from the same column."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.long)
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
 
 
 def refuse_longer(model: Any, length: int, what: str) -> None:
@@ -51,16 +74,10 @@ def refuse_longer(model: Any, length: int, what: str) -> None:
 
 
 def _generate_batch(model: Any, prompts: Sequence[Sequence[int]], pad_id: int) -> list[list[int]]:
-    """New ids of equally many prompts at once, padded on the left so that all go on from the same column."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.long)
-        mask[row, width - len(prompt) :] = 1
-    device = next(model.parameters()).device
-    output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
-    return [[int(index) for index in row] for row in output[:, width:].tolist()]
+    """New ids of one batch, padding after the eos included."""
+    ids, mask = pad_left(prompts, pad_id, next(model.parameters()).device)
+    output = model.generate(input_ids=ids, attention_mask=mask)
+    return output[:, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
 
 
 def _until(row: Sequence[int], eos_ids: Sequence[int]) -> list[int]:

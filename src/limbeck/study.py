@@ -134,6 +134,8 @@ def run_study(study: Study, path: Path | str) -> dict[str, Any]:
     for arm, recipe in recipes.items():
         if problems := check_files(recipe):
             raise RecipeError(f"arm {arm!r}: {'; '.join(problems)}")
+    for benchmark in next(iter(recipes.values())).evaluate:
+        benchmark.check()
     if is_main_process():
         _claim(study, recipes, path)
     seconds: dict[str, float] = {}
@@ -149,13 +151,13 @@ def _run(study: Study, recipes: dict[str, Recipe], path: Path, seconds: dict[str
     from limbeck import distributed
     from limbeck.trainer import train
 
-    if study.capture and world.is_main:
+    if study.capture and world.is_main and not _is_captured(path):
         with _phase("capture", seconds):
             _capture(study.capture, recipes, path)
     distributed.barrier(world)
     if world.is_main:
         for name in _missing_references(study, recipes, path):
-            with _phase(f"reference {name}", seconds):
+            with _phase(REFERENCES[name], seconds):
                 first = next(iter(recipes.values()))
                 live = first.teacher if name == "teacher" and isinstance(first.teacher, ModelTeacher) else None
                 _measure(name, live, _with_store(study, first, path), path / "references" / name, world.device)
@@ -163,7 +165,7 @@ def _run(study: Study, recipes: dict[str, Recipe], path: Path, seconds: dict[str
     for arm, seed, run in _runs(study, path):
         if run.is_finished:
             continue
-        with _phase(f"arm {arm}" + (f" seed {seed}" if len(study.seeds) > 1 else ""), seconds):
+        with _phase(arm + (f", seed {seed}" if len(study.seeds) > 1 else ""), seconds):
             tree = _with_store(study, recipes[arm], path).to_json() | {"seed": seed}
             train(parse_recipe(tree, where=f"arm {arm!r}"), run.path)
 
@@ -182,14 +184,16 @@ def _with_store(study: Study, recipe: Recipe, path: Path) -> Recipe:
     return parse_recipe(recipe.to_json() | {"teacher": {"type": "store", "path": str(path / "teacher")}}, where="captured teacher")
 
 
+def _is_captured(path: Path) -> bool:
+    return bool(Run(path).read_json("capture.json", {}).get("complete")) and (path / "teacher").is_dir()
+
+
 def _capture(spec: TeacherCapture, recipes: dict[str, Recipe], path: Path) -> None:
     """Walk every source that an arm with a teacher trains on, and keep all blocks that any arm maps. capture.json says what it took."""
     from limbeck.capture import capture
 
     here = Run(path)
     took = here.read_json("capture.json", {"seconds": 0.0})
-    if took.get("complete") and (path / "teacher").is_dir():
-        return
     needs = {arm: _needs(recipe) for arm, recipe in recipes.items()}
     layers = sorted({layer for its in needs.values() for layer in its.layers})
     section = {"path": str(path / "teacher"), "layers": layers, **spec.model_dump()}
@@ -241,7 +245,6 @@ def _measure(name: str, teacher: ModelTeacher | None, recipe: Recipe, out: Path,
     model = load_model(teacher.model, teacher.dtype, teacher.revision, device) if teacher is not None else build(student, device)
     # prompts are the same for all: those of the student's tokenizer and template
     subject = Subject(model.eval(), load_tokenizer(student.model, student.revision), device, recipe.teacher)
-    say(f"evaluate the {REFERENCES[name]}")
     for result in evaluate(recipe.evaluate, subject, out / "evals"):
         Run(out).write_json(f"evals/{result.name}.json", result.to_json())
 
@@ -280,6 +283,7 @@ def _brief(value: Any) -> str:
 @contextmanager
 def _phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
     """Time a phase, and give its memory back, so that the next one's peak is its own."""
+    say(name)
     start = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - start
@@ -301,7 +305,7 @@ def _report(path: Path, seconds: dict[str, float]) -> dict[str, Any]:
     print_table(quality(collect(path)), figures["name"])
     for text in (figures["answer"], figures["statement"], figures["budgets"]["statement"]):
         say(text) if text else None
-    say("this time: " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
+    say("took " + "; ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
     for file in (paths.html, paths.markdown):
         say(f"report: {file}")
     return {

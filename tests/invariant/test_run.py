@@ -25,7 +25,7 @@ from limbeck.errors import RunError
 @pytest.fixture(scope="module")
 def base(make_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A recipe on tiny models: 7 conversations, so that batches of 4 wrap around an epoch."""
-    words = "weather Paris teacher student answer five fox dog sunny sleeps lazy quick".split()
+    words = ["weather", "Paris", "teacher", "student", "answer", "five", "fox", "dog", "sunny", "sleeps", "lazy", "quick"]
     rows = [{"prompt": " ".join(words[: 2 + i % 3]) + ":", "completion": " ".join(words[i : i + 5])} for i in range(7)]
     data = write_jsonl(tmp_path_factory.mktemp("data") / "data.jsonl", rows)
     return {

@@ -36,7 +36,7 @@ OBJECTIVES: dict[str, list[Term]] = {
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    words = "weather Paris teacher student answer five fox dog sunny sleeps lazy quick".split()
+    words = ["weather", "Paris", "teacher", "student", "answer", "five", "fox", "dog", "sunny", "sleeps", "lazy", "quick"]
     return [
         {
             "messages": [
@@ -136,7 +136,7 @@ def test_gradient_checkpointing_does_not_matter(objective: str, samples: list[Sa
 def test_per_term_losses_sum_to_the_loss(objective: str, samples: list[Sample], tokenizer: Any, teacher_dir: Path) -> None:
     score = _score(ModelTeacher(model=str(teacher_dir)), tokenizer, objective)
     learner, batch = _learner(objective, tokenizer), pad(samples, 2)
-    scales = {key: 0.01 for key in active(OBJECTIVES[objective])}
+    scales = dict.fromkeys(active(OBJECTIVES[objective]), 0.01)
     losses, _ = learner(batch, score(batch), scales, per_term=True)
     assert set(losses) == set(active(OBJECTIVES[objective]))
     total: dict[str, Tensor] = {}

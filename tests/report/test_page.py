@@ -149,8 +149,22 @@ def test_headroom_says_when_the_teacher_has_nothing_to_give(tmp_path):
         rows = [json.loads(line) | {"teacher_nll": 3.86} for line in file.read_text().splitlines()]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, markdown, figures = read(path)
-    assert figures["headroom"]["teacher"] == pytest.approx(3.86)
+    assert figures["headroom"][0]["teacher"] == pytest.approx(3.86) and figures["headroom"][0]["is_there"] is False
     assert "distillation is not expected to beat fine-tuning" in markdown and "something to learn" not in markdown
+
+
+def test_headroom_on_held_out_text_goes_first(tmp_path):
+    """Training loss is low on what was seen often; held-out text decides whether there is something to learn."""
+    path = fake.study(tmp_path / "s")
+    for file in path.glob("arms/*/seed-0/evals/agreement.json"):
+        result = json.loads(file.read_text())
+        nll = result["metrics"]["kl"] | {"value": 1.5}
+        fake.write_json(file, result | {"metrics": result["metrics"] | {"nll": nll, "teacher_nll": nll | {"value": 2.25}}})
+    _, markdown, figures = read(path)
+    assert [its["is_there"] for its in figures["headroom"]] == [False, True]
+    assert "On 48 held-out conversations (agreement), teacher 2.25; sft 1.50, logits 1.50, hidden 1.50." in markdown
+    assert "does not predict these data better than sft" in markdown
+    assert "agreement/nll" in figures["metrics"] and "agreement/teacher_nll" not in figures["metrics"]
 
 
 def test_every_text_from_data_is_escaped(tmp_path):

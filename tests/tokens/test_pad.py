@@ -10,7 +10,7 @@ import torch
 
 from helpers import tiny_model
 from limbeck.tokens.pad import pad
-from limbeck.tokens.sample import make_sample
+from limbeck.tokens.sample import Sample, make_sample
 
 PAD = 2
 
@@ -49,7 +49,8 @@ def test_every_token_by_brute_force(seed):
 
 
 def test_first_token_of_the_next_row_is_nobodys_target():
-    batch = pad([sample([7, 8]), sample([9, 10])], PAD)
+    all_targets = [Sample(sample_id=row, ids=np.array(ids), is_target=np.ones(2, dtype=bool)) for row, ids in enumerate([[7, 8], [9, 10]])]
+    batch = pad(all_targets, PAD)
     assert batch.scored.tolist() == [0, 2]
     assert batch.targets.tolist() == [8, 10]
 

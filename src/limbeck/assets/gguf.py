@@ -93,7 +93,7 @@ def _weights(reader: Any, fields: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _split_halves(weight: Any, num_heads: int) -> Any:
     """Rows of a llama q or k projection from GGUF's interleaved order to transformers' two halves per head (both serve RoPE)."""
-    return weight.reshape(num_heads, -1, 2, *weight.shape[1:]).reshape(weight.shape)
+    return weight.reshape(num_heads, -1, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def _config(fields: dict[str, Any], is_tied: bool) -> Any:

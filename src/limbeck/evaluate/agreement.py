@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from limbeck.errors import ModelError
-from limbeck.evaluate.base import Item, Metric, Subject
+from limbeck.evaluate.base import Item, Metric, Subject, ratio
 from limbeck.evaluate.heldout import HeldOut, item_id
 from limbeck.objectives.base import Needs
 from limbeck.tokens.sample import Sample
@@ -62,7 +62,7 @@ class Agreement(HeldOut):
         return list(self.graded(samples, subject, grade))
 
     def metrics(self, items: Sequence[Item]) -> dict[str, Metric]:
-        means = super().metrics([item for item in items if item.counts])
+        means = {name: ratio(items, name, self.higher_is_better[name]) for name in TOKEN_METRICS}
         return means | {"ece": calibration_error(items)}
 
 

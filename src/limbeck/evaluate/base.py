@@ -108,7 +108,7 @@ class Benchmark(Family):
         return name
 
     def check(self) -> None:
-        """Raise on whatever would stop `run` that shows before a model is loaded: a missing file, a bad row, an unknown task. Torch-free."""
+        """Raise on what would stop `run` and shows before a model is loaded: a missing file, a bad row, an unknown task. Torch-free."""
 
     def fingerprint(self) -> str:
         """What else decides the cases, beyond the settings: the hash of a data file, the version of a generator."""

@@ -16,7 +16,10 @@ def prompt_text(tokenizer: Any, question: str, style: PromptStyle, where: str) -
     if not tokenizer.chat_template:
         raise DataError(f"{where}: the tokenizer has no chat template; set `prompt: plain`")
     messages = [{"role": "user", "content": question}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a foreign program
+        raise DataError(f"{where}: the chat template refuses the question: {error or type(error).__name__}") from error
 
 
 def prompt_ids(tokenizer: Any, text: str, style: PromptStyle) -> list[int]:

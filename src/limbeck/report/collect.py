@@ -15,6 +15,9 @@ from limbeck.errors import RunError
 from limbeck.report.stats import Pair
 from limbeck.run import Run
 
+TEACHER_NLL = "teacher_nll"
+"""A metric that says nothing of the model that was graded: it is kept for the comparison with the teacher, and out of the tables."""
+
 REFERENCES = {"teacher": "teacher", "untrained": "student, untrained"}
 
 
@@ -88,7 +91,7 @@ class Evidence:
                 for name in sorted(evals, key=lambda name: order.index(name) if name in order else len(order)):
                     for metric, value in evals[name]["metrics"].items():
                         found.setdefault((name, metric), value)
-        return [(name, metric, example) for (name, metric), example in found.items()]
+        return [(name, metric, example) for (name, metric), example in found.items() if metric != TEACHER_NLL]
 
 
 def collect(path: Path) -> Evidence:

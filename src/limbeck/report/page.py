@@ -91,7 +91,7 @@ def make_page(evidence: Evidence) -> Page:
             plots_first=True,
         ),
         Section(f"Differences from {evidence.baseline}", tables=[tables.paired(evidence, differences)] if differences else []),
-        Section("What the teacher has to give", [sentence] if (sentence := words.headroom_sentence(summary.headroom(evidence))) else []),
+        Section("What the teacher has to give", words.headroom_sentences(summary.headroom(evidence))),
         Section("Training", plots=plots.loss_plots(evidence), note=_LOSS_NOTE),
         Section("Cost", tables=[tables.costs(evidence)] if evidence.finished else []),
         Section(
@@ -186,7 +186,7 @@ def to_json(evidence: Evidence) -> dict[str, Any]:
             "statement": words.budget_sentence(budgets),
             "by_seed": [{**asdict(budget), "equal": budget.is_equal} for budget in budgets],
         },
-        "headroom": asdict(headroom) if headroom else None,
+        "headroom": [asdict(its) | {"is_there": its.is_there} for its in headroom],
         "recipes": evidence.recipes,
     }
 

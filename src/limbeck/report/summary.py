@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from limbeck.report.collect import Evidence, RunRecord, item_pairs
+from limbeck.report.collect import TEACHER_NLL, Evidence, RunRecord, item_pairs
 from limbeck.report.stats import mean_over_seeds, paired_difference, ratio, spread
 
 BUDGETS = {
@@ -61,11 +61,21 @@ class Budget:
 
 @dataclass(frozen=True)
 class Headroom:
-    """Mean negative log-likelihood, in nats per scored token, of the teacher and of the students over the same last steps."""
+    """Mean negative log-likelihood, in nats per scored token, of the teacher and of the students over the same tokens."""
 
+    where: str
     teacher: float
     students: dict[str, float]
-    num_steps: int
+
+    @property
+    def nearest(self) -> str:
+        """The student that predicts these tokens best."""
+        return min(self.students, key=lambda arm: self.students[arm])
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the teacher predicts them better than every student: where it does not, distillation has little to give."""
+        return self.teacher < self.students[self.nearest]
 
 
 def score(per_seed: Sequence[dict[str, dict[str, Any]]], benchmark: str, metric: str) -> Score | None:
@@ -129,8 +139,8 @@ def _metrics(evals: dict[str, dict[str, Any]], benchmark: str) -> dict[str, Any]
 
 
 def _comparable(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    """Results of other versions or settings of a benchmark are never compared."""
-    return (ours.get("version"), ours.get("settings")) == (theirs.get("version"), theirs.get("settings"))
+    """Results of another version, other settings or other cases of a benchmark are never compared."""
+    return all(ours.get(key) == theirs.get(key) for key in ("version", "settings", "cases"))
 
 
 def _direction(value: float, stderr: float | None, per_seed: list[float], up: bool) -> Literal["better", "worse", "level", "unknown"]:
@@ -181,24 +191,37 @@ def _scored_tokens(run: RunRecord) -> int:
     return sum(row["scored_tokens"] for row in run.metrics)
 
 
-def headroom(evidence: Evidence) -> Headroom | None:
-    """The teacher's NLL on the data beside the students', over the last quarter of the steps; None where one of them was not logged.
+def headroom(evidence: Evidence) -> list[Headroom]:
+    """The teacher's NLL beside the students': on held-out text where that was measured, and on the last quarter of the training steps.
 
     Arms of one seed see the same batches, so the figures are over the same tokens.
     """
+    return [*_heldout_headroom(evidence), *_training_headroom(evidence)]
+
+
+def _heldout_headroom(evidence: Evidence) -> list[Headroom]:
+    found = []
+    for benchmark in dict.fromkeys(name for name, metric, _ in evidence.benchmarks() if metric == "nll"):
+        scores = {arm: score([run.evals for run in runs], benchmark, "nll") for arm, runs in evidence.finished.items()}
+        students = {arm: its.value for arm, its in scores.items() if its and its.value is not None}
+        told = [score([run.evals for run in runs], benchmark, TEACHER_NLL) for runs in evidence.finished.values()]
+        teacher = [its for its in told if its and its.value is not None]
+        if students and teacher and teacher[0].value is not None:
+            found.append(Headroom(f"On {teacher[0].num_items} held-out conversations ({benchmark})", teacher[0].value, students))
+    return found
+
+
+def _training_headroom(evidence: Evidence) -> list[Headroom]:
     runs = [run for runs in evidence.finished.values() for run in runs if run.metrics]
-    told = [run for run in runs if "teacher_nll" in run.metrics[-1]]
-    if not told:
-        return None
+    told = [run for run in runs if TEACHER_NLL in run.metrics[-1]]
+    learned = [run for run in runs if "loss/ce" in run.metrics[-1]]
+    if not told or not learned:
+        return []
     num_steps = max(min(len(run.metrics) for run in runs) // 4, 1)
-    students = {
-        arm: _mean([_last(run, "loss/ce", num_steps) for run in runs if run.arm == arm])
-        for arm in evidence.finished
-        if any(run.arm == arm and "loss/ce" in run.metrics[-1] for run in runs)
-    }
-    measured = {arm: value for arm, value in students.items() if value is not None}
-    teacher = _mean([_last(run, "teacher_nll", num_steps) for run in told])
-    return Headroom(teacher, measured, num_steps) if measured and teacher is not None else None
+    students = {run.arm: [_last(other, "loss/ce", num_steps) for other in learned if other.arm == run.arm] for run in learned}
+    teacher = [_last(run, TEACHER_NLL, num_steps) for run in told]
+    where = f"In the last {num_steps} training steps" if num_steps > 1 else "In the last training step"
+    return [Headroom(where, spread(teacher).mean, {arm: spread(values).mean for arm, values in students.items()})]
 
 
 def _last(run: RunRecord, key: str, num_steps: int) -> float:

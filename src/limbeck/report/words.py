@@ -82,13 +82,14 @@ def _finding(evidence: Evidence, example: dict[str, Any], found: Sequence[Differ
         ("better", "better than"),
         ("worse", "worse than"),
         ("level", "within two standard errors of"),
-        ("unknown", "no standard error is known, beside"),
+        ("unknown", "beside"),
     ):
         arms = sorted((d for d in found if d.direction == direction), key=lambda d: values[d.arm], reverse=example["higher_is_better"])
         if arms:
             named = listing([f"{d.arm} ({numbers.show(values[d.arm])})" for d in arms])
-            verb = "" if direction == "unknown" else "is " if len(arms) == 1 else "are "
-            parts.append(f"{named}{': ' if not verb else ' '}{verb}{claim} {base if not parts else evidence.baseline}")
+            verb = "is" if len(arms) == 1 else "are"
+            doubt = " (the error of this difference is not known)" if direction == "unknown" else ""
+            parts.append(f"{named} {verb} {claim} {base if not parts else evidence.baseline}{doubt}")
     return f"{'; '.join(parts)}."
 
 
@@ -101,22 +102,21 @@ def caution(evidence: Evidence) -> str:
     return f"Read agreement and likelihood with care: {'; '.join(parts)}. Neither can say which student is the better one."
 
 
-def headroom_sentence(found: Headroom | None) -> str:
-    """Whether the teacher has anything to give on these data, by its own likelihood."""
-    if found is None:
-        return ""
-    best = min(found.students, key=lambda arm: found.students[arm])
-    figures = ", ".join(f"{arm} {value:.2f}" for arm, value in found.students.items())
-    measured = (
-        f"Negative log-likelihood of the data, nats per scored token, over the last {found.num_steps} "
-        f"{plural('step', found.num_steps)} of training: teacher {found.teacher:.2f}; {figures}. "
+def headroom_sentences(found: Sequence[Headroom]) -> list[str]:
+    """Whether the teacher has anything to give on these data, by its own likelihood; held-out text, where there is any, decides."""
+    if not found:
+        return []
+    measured = [
+        f"{its.where}, teacher {its.teacher:.2f}; {', '.join(f'{arm} {value:.2f}' for arm, value in its.students.items())}."
+        for its in found
+    ]
+    verdict = (
+        "The teacher predicts these data better than every student does: there is something to learn from it."
+        if found[0].is_there
+        else f"The teacher does not predict these data better than {found[0].nearest} does: where that is so, distillation is not expected "
+        "to beat fine-tuning."
     )
-    if found.teacher < found.students[best]:
-        return measured + "The teacher predicts these data better than every student does: there is something to learn from it."
-    return measured + (
-        f"The teacher does not predict these data better than {best} does: "
-        "where that is so, distillation is not expected to beat fine-tuning."
-    )
+    return [verdict, "Negative log-likelihood in nats per scored token. " + " ".join(measured)]
 
 
 def budget_sentence(found: Sequence[Budget]) -> str:

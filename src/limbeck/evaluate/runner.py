@@ -1,0 +1,147 @@
+"""The runner: grades a model with benchmarks, one after the other, and takes results that are already there.
+
+A result is taken only where the same weights were graded on the same cases with the same settings: a stale one would be believed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from limbeck.errors import DataError, RecipeError, RunError
+from limbeck.evaluate.base import Benchmark, Item, Result, Subject
+from limbeck.log import say
+from limbeck.run import write_json
+from limbeck.teachers import Teacher
+
+
+def evaluate(benchmarks: Sequence[Benchmark], subject: Subject, done: Path | None = None) -> Iterator[Result]:
+    """The result of each benchmark, as it is ready. `done` is a folder of results (NAME.json) that are taken where they still hold."""
+    if not benchmarks:
+        return
+    if needy := [benchmark.key for benchmark in benchmarks if benchmark.needs_teacher and not _has_teacher(subject.teacher)]:
+        raise RecipeError(f"evaluate: {needy[0]!r} compares with a teacher, and there is none; set teacher, or remove it")
+    identity = identify(subject)
+    for benchmark in benchmarks:
+        asked = {"teacher": subject.teacher.model_dump(mode="json")} if benchmark.needs_teacher and subject.teacher else {}
+        empty = Result(
+            name=benchmark.key,
+            version=benchmark.version,
+            settings=json.loads(benchmark.model_dump_json()),
+            metrics={},
+            items=[],
+            seconds=0.0,
+            cases=benchmark.fingerprint(),
+            subject=identity | asked,
+        )
+        result = _found(empty, done)
+        if result is None:
+            result = _graded(empty, benchmark, subject)
+        say(_summary(result))
+        yield result
+
+
+def evaluate_model(
+    model: str,
+    benchmarks: Sequence[Benchmark],
+    teacher: Teacher | None = None,
+    out: Path | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+) -> list[Result]:
+    """Grade a model by folder, cached name or hub name; with `out`, write `out/evals/NAME.json` and take what is there already."""
+    keys = [benchmark.key for benchmark in benchmarks]
+    if repeated := {key for key in keys if keys.count(key) > 1}:
+        raise RecipeError(f"evaluate: found {sorted(repeated)[0]!r} twice; give one of them another `name`")
+    for benchmark in benchmarks:
+        benchmark.check()
+    import torch
+
+    from limbeck.models import load_model, load_tokenizer, verify_head
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(model, revision)
+    loaded = load_model(model, dtype, revision, device)
+    verify_head(loaded)
+    folder = out / "evals" if out is not None else None
+    results = []
+    for result in evaluate(benchmarks, Subject(loaded, tokenizer, device, teacher), folder):
+        if folder is not None:
+            write_json(folder / f"{result.name}.json", result.to_json())
+        results.append(result)
+    return results
+
+
+def identify(subject: Subject) -> dict[str, Any]:
+    """What decides a model's answers: its weights, its vocabulary and its chat template."""
+    from limbeck.models import weights_hash
+    from limbeck.tokens.identity import template_hash, vocabulary_hash
+
+    return {
+        "weights_sha256": weights_hash(dict(subject.model.named_parameters())),
+        "vocabulary_sha256": vocabulary_hash(subject.tokenizer),
+        "template_sha256": template_hash(subject.tokenizer),
+    }
+
+
+def _graded(empty: Result, benchmark: Benchmark, subject: Subject) -> Result:
+    from dataclasses import replace
+
+    import torch
+
+    model, start = subject.model, time.perf_counter()
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            items = benchmark.run(subject)
+    finally:
+        model.train(was_training)
+    _check_items(benchmark.key, items)
+    return replace(empty, metrics=benchmark.metrics(items), items=items, seconds=time.perf_counter() - start)
+
+
+def _check_items(key: str, items: Sequence[Item]) -> None:
+    """Ids are what two models are compared by; a value that is no number would make the whole mean none."""
+    if not items:
+        raise DataError(f"evaluate: {key!r} has no case to grade")
+    ids = [item.id for item in items]
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise DataError(f"evaluate: {key!r} has item {twice!r} twice, expected ids that differ")
+    for item in items:
+        for name, value in item.sums.items():
+            if not math.isfinite(value):
+                raise RunError(f"evaluate: {key!r}: {name} of item {item.id!r} is {value}; the model's outputs are not finite")
+
+
+def _found(wanted: Result, done: Path | None) -> Result | None:
+    """The result in `done`, if it is of the same model, cases, settings and version."""
+    file = done / f"{wanted.name}.json" if done is not None else None
+    if file is None or not file.is_file():
+        return None
+    try:
+        result = Result.from_json(json.loads(file.read_text(encoding="utf-8")), str(file))
+    except (RunError, ValueError):  # of another version of Limbeck, or damaged: it is made anew
+        return None
+    same = all(getattr(result, name) == getattr(wanted, name) for name in ("name", "version", "settings", "cases", "subject"))
+    return result if same else None
+
+
+def _has_teacher(teacher: Teacher | None) -> bool:
+    return teacher is not None and teacher.provides().output
+
+
+def _summary(result: Result) -> str:
+    """One line: `piqa: acc_norm 0.650 ± 0.062, acc 0.667 ± 0.061 (60 items, 4.1 s)`."""
+    parts = [
+        f"{name} {'none' if metric.value is None else f'{metric.value:.3f}'}"
+        + (f" ± {metric.stderr:.3f}" if metric.stderr is not None else "")
+        for name, metric in result.metrics.items()
+    ]
+    return f"{result.name}: {', '.join(parts)} ({len(result.items)} items, {result.seconds:.1f} s)"
