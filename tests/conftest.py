@@ -5,9 +5,10 @@ The shape checks are jaxtyping's import hook, so this file must be imported befo
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,17 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
         return helpers.write_jsonl(tmp_path / name, rows)
 
     return write
+
+
+@pytest.fixture
+def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[Any]]]:
+    """A wandb that writes down what it is told; called, it gives that back."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "wandb.py").write_text(helpers.FAKE_WANDB)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    told = tmp_path / "told.jsonl"
+    monkeypatch.setenv("FAKE_WANDB", str(told))
+    yield lambda: [json.loads(line) for line in told.read_text().splitlines()]
+    sys.modules.pop("wandb", None)

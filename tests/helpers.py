@@ -127,3 +127,29 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+FAKE_WANDB = """
+import json, os
+
+class _Run:
+    def __init__(self, settings):
+        self.write("init", settings)
+    def write(self, what, value):
+        with open(os.environ["FAKE_WANDB"], "a") as file:
+            file.write(json.dumps([what, value]) + "\\n")
+    def define_metric(self, name, step_metric):
+        self.write("axis", step_metric)
+    def log(self, row):
+        print("a tracker's chatter on stdout")
+        if row["step"] == int(os.environ.get("FAKE_WANDB_BREAKS", 0)):
+            raise ConnectionError("no network")
+        self.write("row", row)
+    def finish(self, exit_code):
+        self.write("finish", exit_code)
+
+def init(**settings):
+    if "FAKE_WANDB_REFUSES" in os.environ:
+        raise ValueError("no api key")
+    return _Run(settings)
+"""

@@ -6,6 +6,7 @@ People read stderr (progress, tables); programs read stdout (`--json` prints one
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from limbeck.errors import LimbeckError
-from limbeck.log import console, say
+from limbeck.log import MODE_VARIABLE, alert, console, say, set_mode
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +27,8 @@ assets_app = typer.Typer(no_args_is_help=True, help="Models and data that instal
 app.add_typer(assets_app, name="assets")
 
 INTERRUPTED = 130
+ANYWHERE = ("--plain", "--quiet")
+"""Options of the whole program that may stand behind the verb too."""
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key.path=value.", metavar="[KEY=VALUE]...")]
@@ -37,6 +40,15 @@ class SchemaOf(StrEnum):
 
     recipe = "recipe"
     study = "study"
+
+
+@app.callback()
+def modes(
+    plain: Annotated[bool, typer.Option("--plain", help="No bars and no colours: a line now and then, for log files.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and errors, and what --json prints.")] = False,
+) -> None:
+    """How much is shown; LIMBECK_LOG=plain or quiet does the same."""
+    set_mode("quiet" if quiet else "plain" if plain else os.environ.get(MODE_VARIABLE) or "auto")
 
 
 @app.command()
@@ -229,7 +241,7 @@ def main() -> None:
     """Entry point: every LimbeckError and misuse becomes one message and exit code 2; Ctrl-C says that nothing is lost."""
     try:
         # not standalone, or typer would handle misuse and Ctrl-C itself: the latter comes as exit code 130
-        code = app(standalone_mode=False)
+        code = app(args=sorted(sys.argv[1:], key=lambda argument: argument not in ANYWHERE), standalone_mode=False)
     except LimbeckError as error:
         _fail(str(error))
     except typer.TyperException as error:
@@ -238,13 +250,12 @@ def main() -> None:
             sys.exit(2)
         _fail(f"{message} See: {context.command_path if context else 'limbeck'} --help")
     if code == INTERRUPTED:
-        console.print("stopped; start the same command again to go on from what was written", markup=False, soft_wrap=True)
+        alert("stopped; start the same command again to go on from what was written")
     sys.exit(code)
 
 
 def _fail(message: str) -> NoReturn:
     if "--json" in sys.argv:
         print(json.dumps({"error": message}))
-    # not wrapped: a broken path cannot be copied
-    console.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    alert(f"error: {message}", style="red")
     sys.exit(2)

@@ -1,18 +1,43 @@
-"""What people see while something runs: one rich console on stderr. Standard output is kept for results (`--json`)."""
+"""What people see while something runs: one rich console on stderr. Standard output is kept for results (`--json`).
+
+Three modes. `auto`: progress bars on a terminal, else as plain. `plain`: no bars and no colours, a line now and then, for log files.
+`quiet`: only warnings and errors. `limbeck --plain`, `limbeck --quiet`, or LIMBECK_LOG in the environment.
+"""
 
 from __future__ import annotations
 
 import os
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from limbeck.errors import LimbeckError, nearest
+
+MODES = ("auto", "plain", "quiet")
+MODE_VARIABLE = "LIMBECK_LOG"
+PLAIN_SECONDS = 10.0
+"""Between two lines of a plain progress."""
 
 console = Console(stderr=True, highlight=False)
+_alerts = Console(stderr=True, highlight=False)
+_mode = "auto"
+
+
+def set_mode(mode: str) -> None:
+    """Choose `auto`, `plain` or `quiet` for this process."""
+    global _mode
+    if mode not in MODES:
+        raise LimbeckError(f"{MODE_VARIABLE}: found {mode!r}, expected one of: {', '.join(MODES)}{nearest(mode, MODES)}")
+    _mode = mode
+    console.quiet = mode == "quiet"
+    console.no_color = _alerts.no_color = mode == "plain" or "NO_COLOR" in os.environ
 
 
 def is_main_process() -> bool:
@@ -27,40 +52,73 @@ def say(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """A line that a reader should not miss."""
+    """A line that a reader should not miss; quiet mode shows it too."""
     if is_main_process():
-        console.print(f"warning: {message}", style="yellow", markup=False)
+        _alerts.print(f"warning: {message}", style="yellow", markup=False)
+
+
+def alert(message: str, style: str = "") -> None:
+    """A last word, from whichever process fails, in every mode. Not wrapped: a broken path cannot be copied."""
+    _alerts.print(message, style=style, markup=False, soft_wrap=True)
 
 
 @contextmanager
 def progress(description: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
-    """A progress bar with rate and remaining time; where the console is no terminal, one line at the start and one at the end."""
+    """The progress of `total` steps of which `done` are behind us: a bar with elapsed and remaining time, or plain lines."""
+    shown = is_main_process() and _mode != "quiet"
+    if not shown or _mode == "plain" or not console.is_terminal:
+        yield PlainProgress(description, total, done) if shown else ProgressBar()
+        return
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TaskProgressColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
         console=console,
-        disable=not (is_main_process() and console.is_terminal),
     )
-    if not console.is_terminal:
-        say(f"{description}: {total}")
     with bar:
-        task = bar.add_task(description, total=total, completed=done, note="")
-        yield ProgressBar(bar, task)
+        yield RichProgress(bar, bar.add_task(description, total=total, completed=done, note=""))
 
 
 class ProgressBar:
-    """The handle that `progress` yields."""
+    """The handle that `progress` yields; this one shows nothing."""
 
-    def __init__(self, bar: Progress, task: object) -> None:
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """`steps` more are done; `note` says what they gave."""
+
+
+class RichProgress(ProgressBar):
+    def __init__(self, bar: Progress, task: TaskID) -> None:
         self._bar, self._task = bar, task
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        self._bar.update(self._task, advance=steps, note=note)  # type: ignore[arg-type]
+        self._bar.update(self._task, advance=steps, note=note)
+
+
+class PlainProgress(ProgressBar):
+    """A line at the first step, at the last, and every `PLAIN_SECONDS` between."""
+
+    def __init__(self, description: str, total: int, done: int) -> None:
+        self._description, self._total, self._first, self._done = description, total, done, done
+        self._start, self._last_line = time.monotonic(), -PLAIN_SECONDS
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self._done += steps
+        passed = time.monotonic() - self._start
+        if passed - self._last_line < PLAIN_SECONDS and self._done < self._total:
+            return
+        self._last_line = passed
+        left = passed / max(self._done - self._first, 1) * (self._total - self._done)
+        times = f"{_clock(passed)} passed, {_clock(left)} left"
+        # one line of a log is one line, however narrow the console takes itself to be
+        line = f"{self._description}: {self._done}/{self._total}" + (f" | {note}" if note else "") + f" | {times}"
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def reset_peak_memory() -> None:
@@ -82,3 +140,7 @@ def peak_memory_mb() -> float:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# a wrong value is reported by the command line; a library must import
+set_mode(mode if (mode := os.environ.get(MODE_VARIABLE, "auto")) in MODES else "auto")

@@ -22,6 +22,7 @@ from limbeck.spec import Spec, load_yaml, member_of, override, validate
 from limbeck.store.manifest import folder_of, refuse_foreign
 from limbeck.student import Student
 from limbeck.teachers import NoTeacher, Teacher
+from limbeck.trackers import TrackerName
 
 
 class Train(Spec):
@@ -48,6 +49,8 @@ class Train(Spec):
     """Steps between checkpoints; none are written where it is not set, and a run that is stopped starts over."""
     keep_checkpoints: int = Field(1, ge=0)
     """Checkpoints kept. 0 keeps the newest one only until the run has finished."""
+    report_to: list[TrackerName] = []
+    """Trackers that get each row of metrics.jsonl too; their packages are installed apart."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

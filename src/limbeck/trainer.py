@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from limbeck import checkpoint, distributed, optim
+from limbeck import checkpoint, distributed, optim, trackers
 from limbeck.batch import Batch, Signal
 from limbeck.distributed import World
 from limbeck.errors import RunError
@@ -56,6 +56,7 @@ def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overri
     """Train the recipe's student in the run directory `path`: fresh, resumed from its checkpoint, or returned as it is if finished."""
     recipe = parse_recipe(recipe, overrides)
     student_spec, spec = recipe.for_training()
+    trackers.require(spec.report_to)
     run = Run(Path(path))
     with distributed.world() as world:
         if world.is_main:
@@ -175,7 +176,8 @@ def _loop(
         say(f"{run.path}: resuming after step {first} of {num_steps}")
     learner.train()
     reset_peak_memory()
-    with progress(f"train {run.path.name}", num_steps, first) as bar:
+    report_to = spec.report_to if world.is_main else ()
+    with trackers.tracking(report_to, run, first) as report, progress(f"train {run.path.name}", num_steps, first) as bar:
         for step in range(first, num_steps):
             start = time.perf_counter()
             torch.manual_seed(_seed_of(recipe.seed, step, world.rank))
@@ -190,7 +192,7 @@ def _loop(
             seconds = time.perf_counter() - start
             tokens, spent = tokens + int(result.counts["represented"]), spent + seconds
             if world.is_main:
-                _log(run, step + 1, result, terms, rate, tokens, seconds, spent)
+                report(_log(run, step + 1, result, terms, rate, tokens, seconds, spent))
                 if spec.checkpoint_every and (step + 1) % spec.checkpoint_every == 0 and step + 1 < num_steps:
                     checkpoint.save(
                         run.checkpoints, step + 1, learner, optimizer, {"tokens": tokens, "seconds": spent}, spec.keep_checkpoints
@@ -202,7 +204,7 @@ def _loop(
 
 def _log(
     run: Run, step: int, result: StepResult, terms: Mapping[str, Term], rate: float, tokens: int, seconds: float, spent: float
-) -> None:
+) -> dict[str, Any]:
     """One line of metrics.jsonl: means per token of what was optimised, over all processes."""
     row: dict[str, Any] = {"step": step, "loss": result.loss}
     row.update({f"loss/{key}": result.sums[key] / max(result.counts[term.count], 1) for key, term in terms.items()})
@@ -220,11 +222,12 @@ def _log(
     )
     with open(run.metrics_file, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+    return row
 
 
 def _note(result: StepResult, terms: Mapping[str, Term], seconds: float) -> str:
     parts = " ".join(f"{key} {result.sums[key] / max(result.counts[term.count], 1):.3f}" for key, term in terms.items())
-    return f"{parts} | {result.counts['represented'] / seconds:.0f} tok/s"
+    return f"{parts} | {result.counts['represented'] / seconds:.0f} tok/s | {peak_memory_mb() / 1024:.1f} GB"
 
 
 def _seed_of(seed: int, step: int, rank: int) -> int:

@@ -19,7 +19,9 @@ from helpers import write_jsonl
 
 
 @pytest.mark.parametrize(("name", "tied"), [("everything", True), ("hidden only", False)])
-def test_two_ranks_equal_one(name: str, tied: bool, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+def test_two_ranks_equal_one(
+    name: str, tied: bool, make_model_dir: Callable[..., Path], fake_wandb: Callable[[], list[Any]], tmp_path: Path
+) -> None:
     """5 conversations of very unequal length in microbatches of 2: rank 1 gets one microbatch less, so an empty one."""
     rows = [{"prompt": "The weather", "completion": " in Paris is sunny." * (1 + 3 * i)} for i in range(5)]
     terms: list[dict[str, Any]] = [{"type": "hidden"}]
@@ -35,6 +37,7 @@ def test_two_ranks_equal_one(name: str, tied: bool, make_model_dir: Callable[...
             "batch_size": 5,
             "micro_batch_size": 2,
             "checkpoint_every": 4,
+            "report_to": ["wandb"],
             "optimizer": {"learning_rate": 0.003, "epsilon": 1e-4},
         },
     }
@@ -46,6 +49,7 @@ def test_two_ranks_equal_one(name: str, tied: bool, make_model_dir: Callable[...
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     two = limbeck.Run(tmp_path / "two")
+    assert [row for what, row in fake_wandb() if what == "row"] == [*alone.metrics(), *two.metrics()], "only rank 0 reports"
     for ours, theirs in zip(two.metrics(), alone.metrics(), strict=True):
         assert ours["tokens"] == theirs["tokens"] and ours["scored_tokens"] == theirs["scored_tokens"]
         for key in ("loss", "grad_norm", *(key for key in theirs if key.startswith("loss/"))):
