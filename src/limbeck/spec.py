@@ -62,6 +62,14 @@ class Family(Spec):
         if isinstance(name, str):
             cls.members[name] = cls
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """`type` has a default in Python and none in a recipe, where a member is known by nothing else."""
+        found = handler(schema)
+        resolved = handler.resolve_ref_schema(found)
+        resolved["required"] = list(dict.fromkeys(["type", *resolved.get("required", [])]))
+        return found
+
 
 class _Member:
     """Annotation marker: validate a mapping by the family member that its `type` names."""
@@ -155,6 +163,21 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def class_at(cls: type[BaseModel], tree: Any, loc: tuple[Any, ...]) -> type[BaseModel] | None:
+    """The model class that sits at `loc` of `cls` validated from `tree`, as far as annotations and `type` values tell."""
+    current: Any = cls
+    node = tree
+    for part in loc:
+        node = node[part]
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            field = current.model_fields.get(str(part))
+            current = field.annotation if field else None
+        elif get_origin(current) in (list, tuple, dict):
+            current = get_args(current)[-1 if get_origin(current) is dict else 0]
+        current = _resolve(current, node)
+    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+
+
 def _descend(node: Any, part: str, pair: str) -> Any:
     if isinstance(node, list):
         return node[_index(node, part, pair)]
@@ -197,7 +220,7 @@ def _line(cls: type[BaseModel], tree: Any, key: tuple[Any, ...], problems: Seque
     problem = problems[0]
     name = ".".join(str(part) for part in key)
     if problem["type"] == "extra_forbidden":
-        owner = _owner(cls, tree, key[:-1])
+        owner = class_at(cls, tree, key[:-1])
         known = list(owner.model_fields) if owner else []
         hint = nearest(str(key[-1]), known) or (f"; known keys: {', '.join(known)}" if known else "")
         return f"{name}: unknown key{hint}"
@@ -233,21 +256,6 @@ def _key(tree: Any, problem: Any) -> tuple[Any, ...]:
 
 def _has_branches(problems: Sequence[Any], key: tuple[Any, ...]) -> bool:
     return any(len(problem["loc"]) > len(key) for problem in problems)
-
-
-def _owner(cls: type[BaseModel], tree: Any, loc: tuple[Any, ...]) -> type[BaseModel] | None:
-    """The model class that sits at `loc` of `cls` validated from `tree`, as far as annotations and `type` values tell."""
-    current: Any = cls
-    node = tree
-    for part in loc:
-        node = node[part]
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            field = current.model_fields.get(str(part))
-            current = field.annotation if field else None
-        elif get_origin(current) in (list, tuple, dict):
-            current = get_args(current)[-1 if get_origin(current) is dict else 0]
-        current = _resolve(current, node)
-    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
 
 
 def _resolve(annotation: Any, node: Any) -> Any:
