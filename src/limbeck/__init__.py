@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from limbeck.demo import demo
     from limbeck.errors import LimbeckError
     from limbeck.evaluate.runner import evaluate_model
+    from limbeck.export import export
+    from limbeck.init import init
     from limbeck.recipe import Recipe, load_recipe, parse_recipe
     from limbeck.report.page import build_report
     from limbeck.run import Run
@@ -34,7 +36,9 @@ _WHERE = {
     "check": "limbeck.check",
     "demo": "limbeck.demo",
     "evaluate_model": "limbeck.evaluate.runner",
+    "export": "limbeck.export",
     "fetch": "limbeck.assets",
+    "init": "limbeck.init",
     "load_recipe": "limbeck.recipe",
     "load_study": "limbeck.study",
     "parse_recipe": "limbeck.recipe",
@@ -43,8 +47,8 @@ _WHERE = {
 }
 
 __all__ = [
-    "LimbeckError", "Recipe", "Run", "Study", "build_report", "capture", "check", "demo", "evaluate_model", "fetch",
-    "load_recipe", "load_study", "parse_recipe", "run_study", "train",
+    "LimbeckError", "Recipe", "Run", "Study", "build_report", "capture", "check", "demo", "evaluate_model", "export", "fetch",
+    "init", "load_recipe", "load_study", "parse_recipe", "run_study", "train",
 ]  # fmt: skip
 
 

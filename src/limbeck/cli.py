@@ -180,6 +180,21 @@ def report(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Directory of a finished run.", metavar="RUN")],
+    out: Annotated[Path | None, typer.Option(help="New folder; RUN/export where not given.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="Upload it to this repository too, as owner/name.", metavar="REPO")] = None,
+    as_json: Json = False,
+) -> None:
+    """Copy a run's student, verified, with its tokenizer and a model card."""
+    from limbeck.export import export as run_export
+
+    path = run_export(run, out, push_to_hub)
+    say(f"export: {path}")
+    _finish({"path": str(path), "pushed_to": push_to_hub}, as_json)
+
+
+@app.command()
 def schema(of: Annotated[SchemaOf, typer.Argument(help="recipe or study.")] = SchemaOf.recipe) -> None:
     """Print the JSON schema of recipes or studies, for editors."""
     from limbeck.schema import recipe_schema, study_schema
