@@ -129,7 +129,7 @@ def test_student_that_was_changed_is_refused(run: Run, tmp_path: Path) -> None:
     weights = load_file(file)
     weights["model.norm.weight"] += 1e-3
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(RunError, match="its weights is not what the run trained; the student's folder was changed"):
+    with pytest.raises(RunError, match="it has another set of weights than the run trained; the student's folder was changed"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 

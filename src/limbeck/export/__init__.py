@@ -70,12 +70,12 @@ def _problem(run: Run, path: Path) -> str | None:
         return str(error)
     data = run.read_json("data.json")
     pairs = {
-        "weights": (weights_hash(dict(model.named_parameters())), run.read_json("run.json")["weights_sha256"]),
+        "set of weights": (weights_hash(dict(model.named_parameters())), run.read_json("run.json")["weights_sha256"]),
         "vocabulary": (vocabulary_hash(tokenizer), data["vocabulary_sha256"]),
         "chat template": (template_hash(tokenizer), data["template_sha256"]),
     }
     if different := [name for name, (found, expected) in pairs.items() if found != expected]:
-        return f"its {different[0]} is not what the run trained"
+        return f"it has another {different[0]} than the run trained"
     trained = load_model(str(run.student))
     ids = torch.arange(16)[None] % len(tokenizer)
     with torch.no_grad():
