@@ -8,7 +8,7 @@ ARGS ?=
 export PYTHON PIP_ARGS
 
 .NOTPARALLEL:
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test check docs clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -26,9 +26,12 @@ test: .venv/.dev ## the checks and the test suite
 check: .venv/.dev ## format, lint, types and layers only
 	@scripts/check
 
+docs: .venv/.docs ## the documentation, as HTML in build/docs
+	@scripts/docs
+
 clean: ## remove .venv, caches and build products; runs and fetched models stay
 	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/.demo .venv/.dev: .venv/.%: pyproject.toml constraints.txt
+.venv/.demo .venv/.dev .venv/.docs: .venv/.%: pyproject.toml constraints.txt
 	@scripts/setup $*

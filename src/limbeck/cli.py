@@ -264,7 +264,7 @@ def main() -> None:
     """Entry point: every LimbeckError and misuse becomes one message and exit code 2; Ctrl-C says that nothing is lost."""
     try:
         # not standalone, or typer would handle misuse and Ctrl-C itself: the latter comes as exit code 130
-        code = app(args=sorted(sys.argv[1:], key=lambda argument: argument not in ANYWHERE), standalone_mode=False)
+        code = app(args=in_order(sys.argv[1:]), prog_name="limbeck", standalone_mode=False)
     except LimbeckError as error:
         _fail(str(error))
     except typer.TyperException as error:
@@ -275,6 +275,11 @@ def main() -> None:
     if code == INTERRUPTED:
         alert("stopped; start the same command again to go on from what was written")
     sys.exit(code)
+
+
+def in_order(arguments: list[str]) -> list[str]:
+    """The arguments, with options of the whole program before the verb."""
+    return sorted(arguments, key=lambda argument: argument not in ANYWHERE)
 
 
 def _fail(message: str) -> NoReturn:

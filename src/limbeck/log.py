@@ -48,13 +48,13 @@ def is_main_process() -> bool:
 def say(message: str) -> None:
     """One line for people, from the main process only."""
     if is_main_process():
-        console.print(message, markup=False)
+        console.print(message, markup=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """A line that a reader should not miss; quiet mode shows it too."""
     if is_main_process():
-        _alerts.print(f"warning: {message}", style="yellow", markup=False)
+        _alerts.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
 
 def alert(message: str, style: str = "") -> None:
