@@ -51,7 +51,11 @@ def save_model(model: Any, tokenizer: Any, path: Path) -> None:
 
 def recompute_activations(model: Any) -> None:
     """Gradient checkpointing in every block: activations are made again in backward instead of being kept."""
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:  # its name in older releases of transformers
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
@@ -67,7 +71,9 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
 def backbone(model: Any) -> nn.Module:
     """The part of a causal LM that ends in the last hidden state (after the final norm)."""
     decoder = model.get_decoder()
-    if decoder is None or decoder is model:
+    if decoder is None or decoder is model:  # as GPT-2 says in transformers 4
+        decoder = model.base_model
+    if decoder is model:
         raise ModelError(f"{type(model).__name__}: found no decoder below it, expected a causal language model of transformers")
     return decoder  # type: ignore[no-any-return]
 
