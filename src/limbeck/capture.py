@@ -39,10 +39,12 @@ def capture(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterable[st
     path = folder_of(spec.path)
     writer = StoreWriter(path, _identity(path, teacher, scorer, tokenizer, needs), spec.samples_per_shard)
     reader = StoreReader(path)
-    todo = [(sample, wanted) for sample, wanted in _once(groups) if reader.missing([sample], wanted)[0]]
-    with progress("capture the teacher", len(todo)) as bar:
-        for start in range(0, len(todo), spec.batch_size):
-            part = todo[start : start + spec.batch_size]
+    # cut into batches before anything is left out: a capture that goes on makes the batches, and so the bits, of one that never stopped
+    everything = _once(groups)
+    batches = [everything[start : start + spec.batch_size] for start in range(0, len(everything), spec.batch_size)]
+    todo = [[(sample, wanted) for sample, wanted in batch if reader.missing([sample], wanted)[0]] for batch in batches]
+    with progress("capture the teacher", sum(map(len, todo))) as bar:
+        for part in filter(None, todo):
             for wanted in dict.fromkeys(wanted for _, wanted in part):
                 _score(scorer.asking(wanted), writer, [sample for sample, its in part if its == wanted], tokenizer.pad_token_id or 0)
             bar.advance(len(part))

@@ -229,7 +229,7 @@ def main() -> None:
     """Entry point: every LimbeckError and misuse becomes one message and exit code 2; Ctrl-C says that nothing is lost."""
     try:
         # not standalone, or typer would handle misuse and Ctrl-C itself: the latter comes as exit code 130
-        code = app(standalone_mode=False)
+        code = app(prog_name="limbeck", standalone_mode=False)
     except LimbeckError as error:
         _fail(str(error))
     except typer.TyperException as error:

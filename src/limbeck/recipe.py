@@ -6,7 +6,8 @@ Sections check themselves; what spans sections (does this teacher give what that
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,7 +67,7 @@ class Capture(Spec):
     layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Teacher blocks whose states are kept, from 0; those that the objective maps where it is not set."""
     samples_per_shard: int = Field(256, gt=0)
-    """Conversations per file: what a kill can cost."""
+    """Conversations per file, rounded up to whole batches: what a kill can cost."""
 
 
 class Recipe(Spec):
@@ -92,8 +93,6 @@ class Recipe(Spec):
         names = [benchmark.key for benchmark in self.evaluate]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"evaluate: found {sorted(repeated)[0]!r} twice; give one of them another `name`")
-        if unsafe := [name for name in names if Path(name).name != name or name.startswith(".")]:
-            raise ValueError(f"evaluate: found the name {unsafe[0]!r}, expected one that can be the name of a file")
         if needy := [benchmark.key for benchmark in self.evaluate if benchmark.needs_teacher and not self.teacher.provides().output]:
             raise ValueError(
                 f"evaluate: {needy[0]!r} compares with a teacher, and teacher is {self.teacher.type!r}; set teacher, or remove it"
@@ -187,18 +186,19 @@ def parse_recipe(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterab
 
 
 def check_files(recipe: Recipe) -> list[str]:
-    """What a recipe names that is not there (data, models that are neither local nor a hub name); messages, empty where all is well."""
+    """What a recipe names that is not there (data, models that are neither local nor a hub name, a benchmark's cases); messages, empty
+    where all is well."""
     from limbeck.cache import resolve_data, resolve_model
 
     problems = []
-    checks: list[tuple[Any, str]] = [(resolve_model, recipe.student.model)] if recipe.student else []
+    checks: list[Callable[[], object]] = [partial(resolve_model, recipe.student.model)] if recipe.student else []
     if model := getattr(recipe.teacher, "model", None):
-        checks.append((resolve_model, model))
+        checks.append(partial(resolve_model, model))
     if isinstance(recipe.source, DatasetSource):
-        checks += [(resolve_data, name) for name in recipe.source.names]
-    for look, name in checks:
+        checks += [partial(resolve_data, name) for name in recipe.source.names]
+    for check in (*checks, *(benchmark.check for benchmark in recipe.evaluate)):
         try:
-            look(name)
+            check()
         except LimbeckError as error:
             problems.append(str(error))
     return problems

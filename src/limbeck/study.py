@@ -81,7 +81,10 @@ class Study(Spec):
             raise ValueError("found no arm, expected at least one, such as {sft: {objective: [{type: ce}]}}")
         for arm, changes in arms.items():
             if not _SAFE_NAME.fullmatch(arm) or arm in REFERENCES.values():
-                raise ValueError(f"found arm {arm!r}, expected a file name of letters, digits, dot, dash and underscore, not `teacher`")
+                taken = " and ".join(REFERENCES.values())
+                raise ValueError(
+                    f"found arm {arm!r}, expected a file name of letters, digits, dot, dash and underscore, other than {taken}"
+                )
             for key in changes:
                 if key in _OF_THE_STUDY:
                     raise ValueError(f"arm {arm!r} sets {key!r}; {_OF_THE_STUDY[key]}")
@@ -131,11 +134,10 @@ def run_study(study: Study, path: Path | str) -> dict[str, Any]:
     """Capture, measure the references, train and measure every arm with every seed, and write the report; returns its figures."""
     path = Path(path)
     recipes = study.recipes()
-    for arm, recipe in recipes.items():
-        if problems := check_files(recipe):
-            raise RecipeError(f"arm {arm!r}: {'; '.join(problems)}")
-    for benchmark in next(iter(recipes.values())).evaluate:
-        benchmark.check()
+    for number, (arm, recipe) in enumerate(recipes.items()):
+        # the benchmarks are the same for all, and checking one may mean making its cases
+        if problems := check_files(recipe if number == 0 else recipe.model_copy(update={"evaluate": []})):
+            raise RecipeError(f"arm {arm!r}: {'; '.join(dict.fromkeys(problems))}")
     if is_main_process():
         _claim(study, recipes, path)
     seconds: dict[str, float] = {}
@@ -256,7 +258,7 @@ def _claim(study: Study, recipes: dict[str, Recipe], path: Path) -> None:
     file = path / "study.json"
     if file.is_file():
         there = Run(path).read_json("study.json")
-        differing = _differences(there["recipes"], resolved) + _differences({"capture": there["captured"]}, {"capture": captured})
+        differing = _differences(there.get("recipes"), resolved) + _differences({"capture": there.get("captured")}, {"capture": captured})
         if differing:
             shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
             raise RunError(f"{path}: holds another study ({shown}); choose another directory, or delete this one")
@@ -303,7 +305,7 @@ def _report(path: Path, seconds: dict[str, float]) -> dict[str, Any]:
     seconds["report"] = time.perf_counter() - start
     figures = Run(path).read_json("report.json")
     print_table(quality(collect(path)), figures["name"])
-    for text in (figures["answer"], figures["statement"], figures["budgets"]["statement"]):
+    for text in (*figures["answer"], figures["statement"], figures["budgets"]["statement"]):
         say(text) if text else None
     say("took " + "; ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
     for file in (paths.html, paths.markdown):
