@@ -176,10 +176,17 @@ def test_more_seeds_can_be_added(copied, make_study, trained):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arms": ARMS | {"logits": {"objective": [{"type": "ce"}, {"type": "logits"}]}}}, r"logits\.objective is "),
+        (
+            {"arms": ARMS | {"logits": {"objective": [{"type": "ce"}, {"type": "logits"}]}}},
+            r"logits\.objective\.0\.weight is 0\.5 there, 1\.0 here\);",
+        ),
         ({"arms": ARMS | {"sft": ARMS["sft"] | {"train": {"steps": 3}}}}, r"sft\.train\.steps is 2 there, 3 here"),
         ({"arms": {"sft": ARMS["sft"]}}, r"logits is present there, absent here; hidden is present there, absent here"),
         ({"arms": ARMS | {"more": ARMS["sft"]}}, r"more is absent there, present here"),
+        (
+            {"arms": {arm: changes | {"train": {"steps": 3}} for arm, changes in ARMS.items()}},
+            r"in every arm train\.steps is 2 there, 3 here\);",
+        ),
         ({"capture": None}, r"capture is True there, False here"),
     ],
 )

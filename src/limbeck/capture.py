@@ -10,7 +10,7 @@ from typing import Any
 from limbeck.log import progress, say
 from limbeck.models import load_tokenizer, weights_hash
 from limbeck.objectives.base import Needs
-from limbeck.recipe import Recipe, parse_recipe
+from limbeck.recipe import Recipe, parse_recipe, require_files
 from limbeck.run import environment
 from limbeck.store.manifest import MANIFEST, Manifest, TeacherIdentity, folder_of, read_manifest
 from limbeck.store.reader import StoreReader
@@ -28,6 +28,7 @@ def capture(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterable[st
     """
     recipe = parse_recipe(recipe, overrides)
     spec, needs = recipe.for_capture()
+    require_files(recipe)
     teacher = recipe.teacher
     assert isinstance(teacher, ModelTeacher)
     tokenizer = (
@@ -36,6 +37,8 @@ def capture(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterable[st
     groups: list[tuple[Sequence[Sample], Needs]] = [(recipe.source.open(tokenizer, recipe.seed).samples, needs)]
     groups += [(benchmark.samples(tokenizer), Needs(output=True)) for benchmark in recipe.evaluate]
     scorer = teacher.open(tokenizer, needs)
+    for samples, _ in groups:
+        scorer.require(samples)
     path = folder_of(spec.path)
     writer = StoreWriter(path, _identity(path, teacher, scorer, tokenizer, needs), spec.samples_per_shard)
     reader = StoreReader(path)

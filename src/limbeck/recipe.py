@@ -124,7 +124,12 @@ class Recipe(Spec):
         layers = self.capture.layers
         if layers is None:
             shape = self.student.shape() if self.student else None
-            layers = sorted(needs_of(self.terms, shape[0], provided.num_layers).layers) if shape and provided.num_layers else []
+            if shape and provided.num_layers:
+                layers = sorted(needs_of(self.terms, shape[0], provided.num_layers).layers)
+            elif any(isinstance(term, HiddenTerm) for term in self.terms.values()):
+                raise RecipeError("capture.layers: missing; the number of blocks of student and teacher is not known here, so name them")
+            else:
+                layers = []
         if provided.layers is not None and (beyond := sorted(set(layers) - provided.layers)):
             raise RecipeError(f"capture.layers: found {beyond[0]}, expected 0 to {max(provided.layers)}, the teacher's blocks")
         return self.capture, Needs(output=True, layers=frozenset(layers))
@@ -183,6 +188,12 @@ def parse_recipe(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterab
         overrides = list(overrides)
         return validate(Recipe, override(recipe.to_json(), overrides), where) if overrides else recipe
     return validate(Recipe, override(recipe, overrides), where)
+
+
+def require_files(recipe: Recipe, where: str = "recipe") -> None:
+    """Refuse a recipe that names something that is not there."""
+    if problems := check_files(recipe):
+        raise RecipeError(f"{where}: " + "; ".join(problems))
 
 
 def check_files(recipe: Recipe) -> list[str]:

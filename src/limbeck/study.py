@@ -24,7 +24,7 @@ from limbeck.log import is_main_process, say
 from limbeck.objectives.base import Needs, needs_of
 from limbeck.recipe import Recipe, check_files, parse_recipe
 from limbeck.report.collect import REFERENCES
-from limbeck.run import Run, write_json
+from limbeck.run import Run, differences, write_json
 from limbeck.spec import Spec, load_yaml, merge, override, validate
 from limbeck.teachers import ModelTeacher
 
@@ -258,7 +258,8 @@ def _claim(study: Study, recipes: dict[str, Recipe], path: Path) -> None:
     file = path / "study.json"
     if file.is_file():
         there = Run(path).read_json("study.json")
-        differing = _differences(there.get("recipes"), resolved) + _differences({"capture": there.get("captured")}, {"capture": captured})
+        differing = _changes(there.get("recipes", {}), resolved)
+        differing += [line for _, line in differences(there.get("captured"), captured, "capture")]
         if differing:
             shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
             raise RunError(f"{path}: holds another study ({shown}); choose another directory, or delete this one")
@@ -268,18 +269,12 @@ def _claim(study: Study, recipes: dict[str, Recipe], path: Path) -> None:
     write_json(file, {"format": "limbeck-study", "version": 1, **about, "captured": captured, "recipes": resolved})
 
 
-def _differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """`arm.train.steps is 20 there, 30 here`, for everything that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line for name in dict.fromkeys((*old, *new)) for line in _differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
-        ]
-    return [] if old == new else [f"{key} is {_brief(old)} there, {_brief(new)} here"]
-
-
-def _brief(value: Any) -> str:
-    text = "absent" if value is None else "present" if isinstance(value, dict) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between the recipes of two studies; what differs alike in every arm is said once."""
+    by_arm = {arm: differences(old.get(arm), new.get(arm)) for arm in dict.fromkeys((*old, *new))}
+    shared = [entry for entry in next(iter(by_arm.values()), []) if all(entry in entries for entries in by_arm.values())]
+    own = [f"{arm}{'.' if key else ' '}{line}" for arm, entries in by_arm.items() for key, line in entries if (key, line) not in shared]
+    return [f"in every arm {line}" for _, line in shared] + own
 
 
 @contextmanager

@@ -121,6 +121,19 @@ def test_an_arm_at_chance_is_said_to_be_there(tmp_path):
     assert "No arm is above chance (0.5) by more than that." in read(path)[2]["findings"]["piqa: accuracy\N{NO-BREAK SPACE}↑"]
 
 
+def test_a_benchmark_at_the_floor_tells_nothing(tmp_path):
+    path = fake.study(tmp_path / "s")
+    for file in path.glob("arms/*/seed-0/evals/piqa.json"):
+        result = json.loads(file.read_text())
+        result["metrics"]["accuracy"] |= {"value": 0.0, "stderr": 0.0, "chance": None}
+        for item in result["items"]:
+            item["sums"]["accuracy"] = 0.0
+        fake.write_json(file, result)
+    _, _, figures = read(path)
+    assert "Every arm scores 0.000 on every item: this benchmark cannot tell them apart." in figures["findings"].values()
+    assert not any("tasks" in sentence for sentence in figures["answer"])
+
+
 def test_results_of_another_version_are_not_compared(tmp_path):
     path = fake.study(tmp_path / "s")
     file = path / "arms" / "logits" / "seed-0" / "evals" / "agreement.json"

@@ -294,19 +294,33 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def print_table(table: Table, title: str = "") -> None:
-    """A table on the terminal; texts are shown as they are, never as markup."""
+    """A table on the terminal, turned where it is wider than long: there are few models and many metrics. Texts are never markup."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
     shown = RichTable(title=Text(title), title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
-    shown.add_column(Text(table.corner))
-    for column in table.columns:
-        parts = filter(None, [column.group, column.name, column.note])
-        shown.add_column(Text("\n".join(parts)), justify="right" if table.is_numeric else "left", vertical="bottom")
-    for row in table.rows:
-        cells = [Text.assemble(cell.text, (f" {cell.note}" if cell.note else "", "dim")) for cell in row.cells]
-        shown.add_row(Text(row.label, style="dim" if row.is_reference else "bold"), *cells)
+    heads = [
+        Text.assemble(" ".join(filter(None, [column.group, column.name])), (f"\n{column.note}" if column.note else "", "dim"))
+        for column in table.columns
+    ]
+    labels = [Text(row.label, style="dim" if row.is_reference else "bold") for row in table.rows]
+    cells = [[_compact(cell) for cell in row.cells] for row in table.rows]
+    turned = len(table.columns) > len(table.rows)
+    shown.add_column(Text("" if turned else table.corner))
+    for head in labels if turned else heads:
+        shown.add_column(head, justify="right" if table.is_numeric else "left", no_wrap=table.is_numeric)
+    lines = zip(heads, zip(*cells, strict=True), strict=True) if turned else zip(labels, cells, strict=True)
+    for label, values in lines:
+        shown.add_row(label, *values)
     console.print(shown)
+
+
+def _compact(cell: Cell) -> Any:
+    """`0.250±0.062`: five models fit into 80 columns."""
+    from rich.text import Text
+
+    note = f" {cell.note}".replace(" ± ", "±") if cell.note else ""
+    return Text.assemble(cell.text, (note, "dim"))
 
 
 def print_results(model: str, evals: dict[str, dict[str, Any]]) -> None:

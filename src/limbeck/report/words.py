@@ -49,7 +49,8 @@ def answer(evidence: Evidence, found: Sequence[Difference]) -> list[str]:
     """The shortest account of what was measured beside the baseline: tasks first, then likeness on held-out text."""
     sentences = []
     for where, is_text in (("On tasks", False), ("On held-out text", True)):
-        here = [d for d in found if evidence.is_text(d.benchmark) == is_text and d.direction != "unknown"]
+        # no item on which two arms differ: at the floor or the ceiling, where nothing can be seen
+        here = [d for d in found if evidence.is_text(d.benchmark) == is_text and d.direction != "unknown" and d.stderr]
         if here:
             names = listing([words(name) for name in dict.fromkeys(d.benchmark for d in here)])
             arms_by_claim: dict[str, list[str]] = {}
@@ -68,7 +69,8 @@ def _claim(found: Sequence[Difference], baseline: str) -> str:
         return f"better than {baseline} on {number(better)} of {total} {metrics}" + (f" and worse on {number(worse)}" if worse else "")
     if worse:
         return f"worse than {baseline} on {number(worse)} of {total} {metrics}"
-    return f"within two standard errors of {baseline}" + (f" on all {total} metrics" if len(found) > 1 else "")
+    on_all = {1: "", 2: " on both metrics"}.get(len(found), f" on all {total} metrics")
+    return f"within two standard errors of {baseline}{on_all}"
 
 
 def findings(evidence: Evidence, found: Sequence[Difference]) -> list[tuple[str, str]]:
@@ -90,6 +92,8 @@ def _finding(evidence: Evidence, example: dict[str, Any], found: Sequence[Differ
     if evidence.baseline not in values:
         return ""
     numbers = Numbers(list(values.values()))
+    if len(set(values.values())) == 1 and all(its is None or not its.stderr for its in scores.values()):
+        return f"Every arm scores {numbers.show(values[evidence.baseline])} on every item: this benchmark cannot tell them apart."
     base = f"{evidence.baseline} ({numbers.show(values[evidence.baseline])})"
     parts: list[str] = []
     for direction, claim in (
