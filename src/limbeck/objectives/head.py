@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from limbeck.batch import Signal, TeacherHead
 from limbeck.errors import ModelError
@@ -58,6 +59,8 @@ class Head:
             raise ModelError(
                 f"found an output head of {self.weight.shape[0]} rows, expected one for each of the tokenizer's {num_tokens} tokens"
             )
+        if num_tokens == self.weight.shape[0]:
+            return self  # the gradient of a slice, even of a whole one, is a copy
         return Head(self.weight[:num_tokens], None if self.bias is None else self.bias[:num_tokens], self.scale, self.soft_cap)
 
 
@@ -175,16 +178,22 @@ class _FusedHead(torch.autograd.Function):
                     _add_matmul(grad_weight, grad.T, hidden[chunk])
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.ready = (grad_hidden, grad_weight, grad_bias)
         scale_of = torch.tensor([scales.get(key, 0.0) for key in keys], device=hidden.device)
         ctx.mark_non_differentiable(sums)
         return (sums * scale_of).sum(), sums
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        factor = upstream[0]
-        ready = [None if grad is None else grad * factor.to(grad.dtype) for grad in ctx.saved_tensors]
-        return (*ready, None, None, None, None, None, None)
+        ready, ctx.ready = ctx.ready, None
+        if ready is None:
+            raise RuntimeError(
+                "the fused head gives its gradient away, so backward can run through it once; use the plain head to run it again"
+            )
+        # in place: a copy would double the largest gradient of the step
+        scaled = [None if grad is None else grad.mul_(upstream[0].to(grad.dtype)) for grad in ready]
+        return (*scaled, None, None, None, None, None, None)
 
 
 def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
