@@ -6,7 +6,8 @@ Sections check themselves; what spans sections (does this teacher give what that
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ from limbeck.store.manifest import folder_of, refuse_foreign
 from limbeck.student import Student
 from limbeck.teachers import NoTeacher, Teacher
 from limbeck.trackers import TrackerName
+from limbeck.trackers import require as require_trackers
 
 
 class Train(Spec):
@@ -69,7 +71,7 @@ class Capture(Spec):
     layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Teacher blocks whose states are kept, from 0; those that the objective maps where it is not set."""
     samples_per_shard: int = Field(256, gt=0)
-    """Conversations per file: what a kill can cost."""
+    """Conversations per file, rounded up to whole batches: what a kill can cost."""
 
 
 class Recipe(Spec):
@@ -95,8 +97,6 @@ class Recipe(Spec):
         names = [benchmark.key for benchmark in self.evaluate]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"evaluate: found {sorted(repeated)[0]!r} twice; give one of them another `name`")
-        if unsafe := [name for name in names if Path(name).name != name or name.startswith(".")]:
-            raise ValueError(f"evaluate: found the name {unsafe[0]!r}, expected one that can be the name of a file")
         if needy := [benchmark.key for benchmark in self.evaluate if benchmark.needs_teacher and not self.teacher.provides().output]:
             raise ValueError(
                 f"evaluate: {needy[0]!r} compares with a teacher, and teacher is {self.teacher.type!r}; set teacher, or remove it"
@@ -128,7 +128,12 @@ class Recipe(Spec):
         layers = self.capture.layers
         if layers is None:
             shape = self.student.shape() if self.student else None
-            layers = sorted(needs_of(self.terms, shape[0], provided.num_layers).layers) if shape and provided.num_layers else []
+            if shape and provided.num_layers:
+                layers = sorted(needs_of(self.terms, shape[0], provided.num_layers).layers)
+            elif any(isinstance(term, HiddenTerm) for term in self.terms.values()):
+                raise RecipeError("capture.layers: missing; the number of blocks of student and teacher is not known here, so name them")
+            else:
+                layers = []
         if provided.layers is not None and (beyond := sorted(set(layers) - provided.layers)):
             raise RecipeError(f"capture.layers: found {beyond[0]}, expected 0 to {max(provided.layers)}, the teacher's blocks")
         return self.capture, Needs(output=True, layers=frozenset(layers))
@@ -189,19 +194,28 @@ def parse_recipe(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterab
     return validate(Recipe, override(recipe, overrides), where)
 
 
+def require_files(recipe: Recipe, where: str = "recipe") -> None:
+    """Refuse a recipe that names something that is not there."""
+    if problems := check_files(recipe):
+        raise RecipeError(f"{where}: " + "; ".join(problems))
+
+
 def check_files(recipe: Recipe) -> list[str]:
-    """What a recipe names that is not there (data, models that are neither local nor a hub name); messages, empty where all is well."""
+    """What a recipe names that is not there (data, models that are neither local nor a hub name, a benchmark's cases, a tracker's
+    package); messages, empty where all is well."""
     from limbeck.cache import resolve_data, resolve_model
 
     problems = []
-    checks: list[tuple[Any, str]] = [(resolve_model, recipe.student.model)] if recipe.student else []
+    checks: list[Callable[[], object]] = [partial(resolve_model, recipe.student.model)] if recipe.student else []
     if model := getattr(recipe.teacher, "model", None):
-        checks.append((resolve_model, model))
+        checks.append(partial(resolve_model, model))
     if isinstance(recipe.source, DatasetSource):
-        checks += [(resolve_data, name) for name in recipe.source.names]
-    for look, name in checks:
+        checks += [partial(resolve_data, name) for name in recipe.source.names]
+    if recipe.train:
+        checks.append(partial(require_trackers, recipe.train.report_to))
+    for check in (*checks, *(benchmark.check for benchmark in recipe.evaluate)):
         try:
-            look(name)
+            check()
         except LimbeckError as error:
             problems.append(str(error))
     return problems
