@@ -239,7 +239,8 @@ def _chunk(
     order = torch.stack([sums[key] for key in _sum_keys(terms, signal)])
     if not wants_grad:
         return None, order
-    grad = by_autograd if len(rest) == len(terms) else collected.make(student)
-    if by_autograd is not None and grad is not by_autograd:
-        grad.add_(by_autograd)
+    if by_autograd is None:
+        grad = collected.make(student)
+    else:
+        grad = by_autograd if len(rest) == len(terms) else collected.make(student).add_(by_autograd)
     return (grad if isinstance(slope, float) and slope == 1.0 else grad.mul_(slope)), order
