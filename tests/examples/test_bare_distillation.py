@@ -54,7 +54,7 @@ def test_curve_is_the_trainers(inputs: dict[str, str], tmp_path: Path) -> None:
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "bare", run.student))
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=2e-4)  # Adam enlarges the rounding of other chunks
 
 
 @pytest.mark.slow

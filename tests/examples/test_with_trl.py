@@ -19,9 +19,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "with_trl.py"
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_curve_is_ours(accumulation: int, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     """Every step has the whole data, so the two agree in spite of their own orders; the last microbatch is a smaller one."""
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     spec = spec_from_file_location("with_trl", EXAMPLE)
     assert spec and spec.loader
     example = module_from_spec(spec)
@@ -47,7 +45,7 @@ def test_curve_is_ours(accumulation: int, make_model_dir: Callable[..., Path], t
     )
     model, tokenizer = AutoModelForCausalLM.from_pretrained(student), AutoTokenizer.from_pretrained(student)
     trainer = example.DistillationTrainer(
-        teacher=teacher, model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        teacher=teacher, model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
     )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
