@@ -14,6 +14,7 @@ import yaml
 from limbeck.assets.catalog import list_assets
 from limbeck.cache import resolve_model
 from limbeck.errors import LimbeckError
+from limbeck.report.collect import TEACHER_NLL
 from limbeck.run import Run
 from limbeck.store.manifest import folder_of, read_manifest
 
@@ -75,10 +76,10 @@ def model_card(run: Run, name: str) -> str:
 
 
 def results(run: Run) -> Iterator[Row]:
-    """Everything that was measured and has a value."""
+    """Everything that was measured of the student and has a value."""
     for name, result in run.evals().items():
         for metric, found in result["metrics"].items():
-            if found["value"] is not None:
+            if found["value"] is not None and metric != TEACHER_NLL:
                 kind = result["settings"].get("type", name)
                 yield Row(name, kind, metric, found["value"], found["stderr"], found["num_items"], found["higher_is_better"])
 
