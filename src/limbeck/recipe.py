@@ -34,7 +34,11 @@ class Train(Spec):
     batch_size: int = Field(8, gt=0)
     """Conversations per optimizer step, over all processes. Changes what is learned; `micro_batch_size` does not."""
     micro_batch_size: int = Field(1, gt=0)
-    """Conversations per forward in each process: as many as fit in memory. The result does not depend on it."""
+    """Rows per forward in each process: as many as fit in memory. A row is a conversation, or several with `pack_length`. The result does
+    not depend on it."""
+    pack_length: int | None = Field(None, gt=1)
+    """Pack the conversations of a step into rows of up to this many tokens, which saves padding. None of them is cut or sees another, and a
+    longer one has a row of its own: the result does not depend on it. Where it is not set, every conversation has its row."""
     optimizer: Optimizer = Optimizer()
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` is autocast over float32 weights and optimizer state; use it where the hardware has it."""

@@ -59,6 +59,11 @@ class ModelScorer:
     def require(self, samples: Sequence[Sample]) -> None:
         """A live model can score anything."""
 
+    def verify_packing(self) -> None:
+        from limbeck.models import verify_packing
+
+        verify_packing(self.model)
+
     def score(self, batch: Batch) -> Signal:
         import torch
 
