@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ from limbeck.evaluate import Benchmark
 from limbeck.objectives import HiddenTerm, Needs, OutputTerm, Term
 from limbeck.objectives.base import active, needs_of
 from limbeck.optim import Optimizer
-from limbeck.sources import DatasetSource, Source
+from limbeck.sources import Source
 from limbeck.spec import Spec, load_yaml, member_of, override, validate
 from limbeck.store.manifest import folder_of, refuse_foreign
 from limbeck.student import Student
@@ -192,17 +193,15 @@ def parse_recipe(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterab
 
 def check_files(recipe: Recipe) -> list[str]:
     """What a recipe names that is not there (data, models that are neither local nor a hub name); messages, empty where all is well."""
-    from limbeck.cache import resolve_data, resolve_model
+    from limbeck.cache import resolve_model
 
     problems = []
-    checks: list[tuple[Any, str]] = [(resolve_model, recipe.student.model)] if recipe.student else []
+    models = [recipe.student.model] if recipe.student else []
     if model := getattr(recipe.teacher, "model", None):
-        checks.append((resolve_model, model))
-    if isinstance(recipe.source, DatasetSource):
-        checks += [(resolve_data, name) for name in recipe.source.names]
-    for look, name in checks:
+        models.append(model)
+    for look in (*(partial(resolve_model, name) for name in models), recipe.source.check):
         try:
-            look(name)
+            look()
         except LimbeckError as error:
             problems.append(str(error))
     return problems

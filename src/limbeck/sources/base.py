@@ -40,6 +40,9 @@ class Source(Family):
 
     type: str
 
+    def check(self) -> None:
+        """Raise on what would stop `open` and shows without reading: a missing file, package or function. Torch-free."""
+
     def open(self, tokenizer: Any, seed: int) -> OpenSource:
         """Read and render; `seed` fixes the order."""
         raise NotImplementedError
