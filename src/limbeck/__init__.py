@@ -8,7 +8,9 @@ run = limbeck.train("recipe.yaml", "runs/mine", overrides=["train.steps=100"])
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,6 +48,17 @@ __all__ = [
     "LimbeckError", "Recipe", "Run", "Study", "build_report", "capture", "check", "demo", "evaluate_model", "fetch",
     "load_recipe", "load_study", "parse_recipe", "run_study", "train",
 ]  # fmt: skip
+
+
+class _Package(ModuleType):
+    """Keeps `limbeck.capture` the function: importing `limbeck.capture`, the module, would bind that under the same name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 from limbeck.log import progress, say
 from limbeck.models import load_tokenizer, weights_hash
 from limbeck.objectives.base import Needs
-from limbeck.recipe import Recipe, parse_recipe
+from limbeck.recipe import Recipe, parse_recipe, require_files
 from limbeck.run import environment
 from limbeck.store.manifest import MANIFEST, Manifest, TeacherIdentity, folder_of, read_manifest
 from limbeck.store.reader import StoreReader
@@ -28,6 +28,7 @@ def capture(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterable[st
     """
     recipe = parse_recipe(recipe, overrides)
     spec, needs = recipe.for_capture()
+    require_files(recipe)
     teacher = recipe.teacher
     assert isinstance(teacher, ModelTeacher)
     tokenizer = (
@@ -36,13 +37,17 @@ def capture(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterable[st
     groups: list[tuple[Sequence[Sample], Needs]] = [(recipe.source.open(tokenizer, recipe.seed).samples, needs)]
     groups += [(benchmark.samples(tokenizer), Needs(output=True)) for benchmark in recipe.evaluate]
     scorer = teacher.open(tokenizer, needs)
+    for samples, _ in groups:
+        scorer.require(samples)
     path = folder_of(spec.path)
     writer = StoreWriter(path, _identity(path, teacher, scorer, tokenizer, needs), spec.samples_per_shard)
     reader = StoreReader(path)
-    todo = [(sample, wanted) for sample, wanted in _once(groups) if reader.missing([sample], wanted)[0]]
-    with progress("capture the teacher", len(todo)) as bar:
-        for start in range(0, len(todo), spec.batch_size):
-            part = todo[start : start + spec.batch_size]
+    # cut into batches before anything is left out: a capture that goes on makes the batches, and so the bits, of one that never stopped
+    everything = _once(groups)
+    batches = [everything[start : start + spec.batch_size] for start in range(0, len(everything), spec.batch_size)]
+    todo = [[(sample, wanted) for sample, wanted in batch if reader.missing([sample], wanted)[0]] for batch in batches]
+    with progress("capture the teacher", sum(map(len, todo))) as bar:
+        for part in filter(None, todo):
             for wanted in dict.fromkeys(wanted for _, wanted in part):
                 _score(scorer.asking(wanted), writer, [sample for sample, its in part if its == wanted], tokenizer.pad_token_id or 0)
             bar.advance(len(part))

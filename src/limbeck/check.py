@@ -25,15 +25,15 @@ def check(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
             "kind": "study",
             "name": study.name,
             "seeds": list(study.seeds),
-            "arms": {name: describe(arm) for name, arm in study.recipes().items()},
+            "arms": {name: describe(arm, f"{path}: arm {name!r}") for name, arm in study.recipes().items()},
         }
-    return {"kind": "recipe", **describe(parse(path, overrides))}
+    return {"kind": "recipe", **describe(parse(path, overrides), str(path))}
 
 
-def describe(recipe: Recipe) -> dict[str, Any]:
+def describe(recipe: Recipe, where: str) -> dict[str, Any]:
     """What a recipe will do, as far as its files tell."""
     if problems := check_files(recipe):
-        raise RecipeError("; ".join(problems))
+        raise RecipeError(f"{where}: " + "; ".join(problems))
     shape = recipe.student.shape() if recipe.student else None
     provided = recipe.teacher.provides()
     found: dict[str, Any] = {

@@ -220,12 +220,10 @@ def assets_fetch(
 
 def _recipe(path: Path, overrides: list[str] | None) -> Any:
     """A recipe whose own checks, and those of the files that it names, have passed; torch is not loaded yet."""
-    from limbeck.errors import RecipeError
-    from limbeck.recipe import check_files, load_recipe
+    from limbeck.recipe import load_recipe, require_files
 
     parsed = load_recipe(path, overrides or [])
-    if problems := check_files(parsed):
-        raise RecipeError(f"{path}: " + "; ".join(problems))
+    require_files(parsed, str(path))
     return parsed
 
 
@@ -242,9 +240,11 @@ def main() -> None:
     """Entry point: every LimbeckError and misuse becomes one message and exit code 2; Ctrl-C says that nothing is lost."""
     try:
         # not standalone, or typer would handle misuse and Ctrl-C itself: the latter comes as exit code 130
-        code = app(standalone_mode=False)
+        code = app(prog_name="limbeck", standalone_mode=False)
     except LimbeckError as error:
         _fail(str(error))
+    except OSError as error:  # a full disk, a folder that may not be written: nothing that a traceback would explain
+        _fail(f"{error.filename or 'system'}: {error.strerror or error}")
     except typer.TyperException as error:
         context, message = getattr(error, "ctx", None), error.format_message()
         if not message:  # nothing was asked for, and the help is printed

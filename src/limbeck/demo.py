@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from limbeck.cache import resolve_data, resolve_model
+from limbeck.cache import resolve_model
 from limbeck.errors import LimbeckError
 from limbeck.log import say
+from limbeck.recipe import check_files
 from limbeck.study import Study, load_study, run_study
 
 STUDY = Path(__file__).parent / "recipes" / "demo" / "study.yaml"
@@ -43,16 +44,8 @@ def _fetch(study: Study) -> None:
 
 
 def _is_there(study: Study) -> bool:
-    """Whether every model and data set that the study names is on this machine."""
-    for recipe in study.recipes().values():
-        student, _ = recipe.for_training()
-        names = [student.model, getattr(recipe.teacher, "model", student.model)]
-        if not all(Path(resolve_model(name)).is_dir() for name in names):
-            return False
-        data = [*getattr(recipe.source, "names", []), *(name for b in recipe.evaluate if isinstance(name := getattr(b, "data", None), str))]
-        try:
-            for name in data:
-                resolve_data(name)
-        except LimbeckError:
-            return False
-    return True
+    """Whether every model and data set that the study names is on this machine; its arms name the same ones."""
+    recipe = next(iter(study.recipes().values()))
+    student, _ = recipe.for_training()
+    names = {student.model, getattr(recipe.teacher, "model", student.model)}
+    return not check_files(recipe) and all(Path(resolve_model(name)).is_dir() for name in names)

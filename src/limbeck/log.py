@@ -23,13 +23,13 @@ def is_main_process() -> bool:
 def say(message: str) -> None:
     """One line for people, from the main process only."""
     if is_main_process():
-        console.print(message, markup=False)
+        console.print(message, markup=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """A line that a reader should not miss."""
     if is_main_process():
-        console.print(f"warning: {message}", style="yellow", markup=False)
+        console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.cache import cached_models, resolve_model
-from limbeck.errors import ModelError, nearest
+from limbeck.errors import ModelError, RunError, nearest
+from limbeck.log import warn
 from limbeck.objectives.head import Head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,9 +45,14 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 
 def save_model(model: Any, tokenizer: Any, path: Path) -> None:
     """An HF folder that `AutoModelForCausalLM.from_pretrained` and `pipeline` load where Limbeck is not installed."""
-    with _quiet():
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
+    from safetensors import SafetensorError
+
+    try:
+        with _quiet():
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: the model could not be written ({error})") from error
 
 
 def recompute_activations(model: Any) -> None:
@@ -107,6 +113,23 @@ def forward(model: Any, batch_ids: Tensor, position_ids: Tensor, layers: Sequenc
     return output.last_hidden_state, kept
 
 
+def check_size(model: Any, num_tokens: int, longest: int) -> None:
+    """Refuse a tokenizer with more tokens than the model has embeddings, and sequences that its table of positions does not reach."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if num_tokens > rows:
+        raise ModelError(f"{type(model).__name__}: found {rows} embeddings, expected one for each of the tokenizer's {num_tokens} tokens")
+    config = model.config.get_text_config()
+    reach = getattr(config, "max_position_embeddings", None)
+    if reach is None or longest <= reach:
+        return
+    message = (
+        f"{type(model).__name__}: found a sequence of {longest} tokens, the model was made for {reach}; set max_length to at most {reach}"
+    )
+    if getattr(config, "rope_parameters", None) is None:
+        raise ModelError(message)
+    warn(message)  # rotary positions go on, with a quality that nobody promises
+
+
 def head(model: Any) -> Head:
     """The output head of a causal LM, with its factor and soft cap. Untested heads are refused by `verify_head`."""
     layer = model.get_output_embeddings()
@@ -127,6 +150,8 @@ def verify_head(model: Any) -> None:
     positions = torch.arange(8, device=device)[None]
     expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
     found = head(model)(forward(model, ids, positions)[0].flatten(0, 1))
+    if not expected.isfinite().all():
+        raise ModelError(f"{type(model).__name__}: its logits are not finite, so its weights are broken")
     difference = (found - expected.flatten(0, 1)).abs().max().item()
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
     if not difference <= tolerance * max(expected.abs().max().item(), 1.0):

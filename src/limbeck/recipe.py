@@ -6,7 +6,7 @@ Sections check themselves; what spans sections (does this teacher give what that
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -71,7 +71,7 @@ class Capture(Spec):
     layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Teacher blocks whose states are kept, from 0; those that the objective maps where it is not set."""
     samples_per_shard: int = Field(256, gt=0)
-    """Conversations per file: what a kill can cost."""
+    """Conversations per file, rounded up to whole batches: what a kill can cost."""
 
 
 class Recipe(Spec):
@@ -97,8 +97,6 @@ class Recipe(Spec):
         names = [benchmark.key for benchmark in self.evaluate]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"evaluate: found {sorted(repeated)[0]!r} twice; give one of them another `name`")
-        if unsafe := [name for name in names if Path(name).name != name or name.startswith(".")]:
-            raise ValueError(f"evaluate: found the name {unsafe[0]!r}, expected one that can be the name of a file")
         if needy := [benchmark.key for benchmark in self.evaluate if benchmark.needs_teacher and not self.teacher.provides().output]:
             raise ValueError(
                 f"evaluate: {needy[0]!r} compares with a teacher, and teacher is {self.teacher.type!r}; set teacher, or remove it"
@@ -130,7 +128,12 @@ class Recipe(Spec):
         layers = self.capture.layers
         if layers is None:
             shape = self.student.shape() if self.student else None
-            layers = sorted(needs_of(self.terms, shape[0], provided.num_layers).layers) if shape and provided.num_layers else []
+            if shape and provided.num_layers:
+                layers = sorted(needs_of(self.terms, shape[0], provided.num_layers).layers)
+            elif any(isinstance(term, HiddenTerm) for term in self.terms.values()):
+                raise RecipeError("capture.layers: missing; the number of blocks of student and teacher is not known here, so name them")
+            else:
+                layers = []
         if provided.layers is not None and (beyond := sorted(set(layers) - provided.layers)):
             raise RecipeError(f"capture.layers: found {beyond[0]}, expected 0 to {max(provided.layers)}, the teacher's blocks")
         return self.capture, Needs(output=True, layers=frozenset(layers))
@@ -191,17 +194,24 @@ def parse_recipe(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterab
     return validate(Recipe, override(recipe, overrides), where)
 
 
+def require_files(recipe: Recipe, where: str = "recipe") -> None:
+    """Refuse a recipe that names something that is not there."""
+    if problems := check_files(recipe):
+        raise RecipeError(f"{where}: " + "; ".join(problems))
+
+
 def check_files(recipe: Recipe) -> list[str]:
-    """What a recipe names that is not there (data, models that are neither local nor a hub name); messages, empty where all is well."""
+    """What a recipe names that is not there (data, models that are neither local nor a hub name, a benchmark's cases); messages, empty
+    where all is well."""
     from limbeck.cache import resolve_model
 
     problems = []
-    models = [recipe.student.model] if recipe.student else []
+    checks: list[Callable[[], object]] = [partial(resolve_model, recipe.student.model)] if recipe.student else []
     if model := getattr(recipe.teacher, "model", None):
-        models.append(model)
-    for look in (*(partial(resolve_model, name) for name in models), recipe.source.check):
+        checks.append(partial(resolve_model, model))
+    for check in (*checks, recipe.source.check, *(benchmark.check for benchmark in recipe.evaluate)):
         try:
-            look()
+            check()
         except LimbeckError as error:
             problems.append(str(error))
     return problems

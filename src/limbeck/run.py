@@ -96,6 +96,24 @@ def fsync_dir(path: Path) -> None:
         os.close(descriptor)
 
 
+def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, str]]:
+    """(`train.steps`, `train.steps is 20 there, 30 here`) for everything that differs."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and any(isinstance(item, dict) for item in old):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            entry
+            for name in dict.fromkeys((*old, *new))
+            for entry in differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    return [] if old == new else [(key, f"{key} is {_brief(old)} there, {_brief(new)} here".strip())]
+
+
+def _brief(value: Any) -> str:
+    text = "absent" if value is None else "present" if isinstance(value, dict) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def environment() -> dict[str, Any]:
     """Versions and the machine's shape; no host name, user name or environment variable."""
     packages = ("limbeck", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")

@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from limbeck.errors import RecipeError, nearest
+from limbeck.errors import LimbeckError, RecipeError, nearest
 
 S = TypeVar("S", bound="Spec")
 
@@ -59,8 +59,12 @@ class Family(Spec):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         name = cls.model_fields["type"].default if "type" in cls.model_fields else None
-        if isinstance(name, str):
-            cls.members[name] = cls
+        taken = cls.members.get(name) if isinstance(name, str) else cls
+        if taken is not None and issubclass(cls, taken):  # no type of its own: a recipe that names the type means the parent
+            return
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"{cls.__qualname__}: type {name!r} is taken by {taken.__module__}.{taken.__qualname__}")
+        cls.members[str(name)] = cls
 
 
 class _Member:
@@ -103,6 +107,8 @@ def validate(cls: type[S], tree: Any, where: str) -> S:
         raise RecipeError(f"{where}: found {_show(tree)}, expected a mapping of keys to values")
     try:
         return cls.model_validate(tree)
+    except LimbeckError as error:  # about a file that the tree names
+        raise type(error)(f"{where}: {error}") from None
     except ValidationError as error:
         lines = _explain(cls, tree, error.errors())
         raise RecipeError(f"{where}: " + ("\n  " if len(lines) > 1 else "") + "\n  ".join(lines)) from None
@@ -203,9 +209,14 @@ def _line(cls: type[BaseModel], tree: Any, key: tuple[Any, ...], problems: Seque
         return f"{name}: unknown key{hint}"
     if problem["type"] == "missing":
         return f"{name}: missing; expected a value"
-    found = "" if problem["type"] in ("value_error", "family_type") else f"found {_show(problem['input'])}, "
     expected = [_expected(problem) for problem in problems]
-    message = found + " or ".join([expected[0], *(other.removeprefix("expected ") for other in expected[1:])])
+    message = " or ".join([expected[0], *(other.removeprefix("expected ") for other in expected[1:])])
+    # our own messages say what was found, or what is wrong, as they see fit
+    if problem["type"] not in ("value_error", "family_type") or message.startswith("expected"):
+        message = f"found {_show(problem['input'])}, {message}"
+    for problem in problems:
+        if problem["type"] == "literal_error":
+            message += nearest(str(problem["input"]), re.findall("'([^']*)'", problem["ctx"]["expected"]))
     return f"{name}: {message}" if name else message
 
 
@@ -214,8 +225,6 @@ def _expected(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     number = "a number " if problem["type"].startswith(("greater_than", "less_than")) else ""
     message = message.replace("Input should be ", f"expected {number}", 1)
-    if problem["type"] == "literal_error":
-        message += nearest(str(problem["input"]), re.findall("'([^']*)'", problem["ctx"]["expected"]))
     return str(message[0].lower() + message[1:])
 
 

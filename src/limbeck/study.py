@@ -24,7 +24,7 @@ from limbeck.log import is_main_process, say
 from limbeck.objectives.base import Needs, needs_of
 from limbeck.recipe import Recipe, check_files, parse_recipe
 from limbeck.report.collect import REFERENCES
-from limbeck.run import Run, write_json
+from limbeck.run import Run, differences, write_json
 from limbeck.spec import Spec, load_yaml, merge, override, validate
 from limbeck.teachers import ModelTeacher
 
@@ -81,7 +81,10 @@ class Study(Spec):
             raise ValueError("found no arm, expected at least one, such as {sft: {objective: [{type: ce}]}}")
         for arm, changes in arms.items():
             if not _SAFE_NAME.fullmatch(arm) or arm in REFERENCES.values():
-                raise ValueError(f"found arm {arm!r}, expected a file name of letters, digits, dot, dash and underscore, not `teacher`")
+                taken = " and ".join(REFERENCES.values())
+                raise ValueError(
+                    f"found arm {arm!r}, expected a file name of letters, digits, dot, dash and underscore, other than {taken}"
+                )
             for key in changes:
                 if key in _OF_THE_STUDY:
                     raise ValueError(f"arm {arm!r} sets {key!r}; {_OF_THE_STUDY[key]}")
@@ -131,11 +134,10 @@ def run_study(study: Study, path: Path | str) -> dict[str, Any]:
     """Capture, measure the references, train and measure every arm with every seed, and write the report; returns its figures."""
     path = Path(path)
     recipes = study.recipes()
-    for arm, recipe in recipes.items():
-        if problems := check_files(recipe):
-            raise RecipeError(f"arm {arm!r}: {'; '.join(problems)}")
-    for benchmark in next(iter(recipes.values())).evaluate:
-        benchmark.check()
+    for number, (arm, recipe) in enumerate(recipes.items()):
+        # the benchmarks are the same for all, and checking one may mean making its cases
+        if problems := check_files(recipe if number == 0 else recipe.model_copy(update={"evaluate": []})):
+            raise RecipeError(f"arm {arm!r}: {'; '.join(dict.fromkeys(problems))}")
     if is_main_process():
         _claim(study, recipes, path)
     seconds: dict[str, float] = {}
@@ -256,7 +258,8 @@ def _claim(study: Study, recipes: dict[str, Recipe], path: Path) -> None:
     file = path / "study.json"
     if file.is_file():
         there = Run(path).read_json("study.json")
-        differing = _differences(there["recipes"], resolved) + _differences({"capture": there["captured"]}, {"capture": captured})
+        differing = _changes(there.get("recipes", {}), resolved)
+        differing += [line for _, line in differences(there.get("captured"), captured, "capture")]
         if differing:
             shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
             raise RunError(f"{path}: holds another study ({shown}); choose another directory, or delete this one")
@@ -266,18 +269,12 @@ def _claim(study: Study, recipes: dict[str, Recipe], path: Path) -> None:
     write_json(file, {"format": "limbeck-study", "version": 1, **about, "captured": captured, "recipes": resolved})
 
 
-def _differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """`arm.train.steps is 20 there, 30 here`, for everything that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line for name in dict.fromkeys((*old, *new)) for line in _differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
-        ]
-    return [] if old == new else [f"{key} is {_brief(old)} there, {_brief(new)} here"]
-
-
-def _brief(value: Any) -> str:
-    text = "absent" if value is None else "present" if isinstance(value, dict) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between the recipes of two studies; what differs alike in every arm is said once."""
+    by_arm = {arm: differences(old.get(arm), new.get(arm)) for arm in dict.fromkeys((*old, *new))}
+    shared = [entry for entry in next(iter(by_arm.values()), []) if all(entry in entries for entries in by_arm.values())]
+    own = [f"{arm}{'.' if key else ' '}{line}" for arm, entries in by_arm.items() for key, line in entries if (key, line) not in shared]
+    return [f"in every arm {line}" for _, line in shared] + own
 
 
 @contextmanager
@@ -303,7 +300,7 @@ def _report(path: Path, seconds: dict[str, float]) -> dict[str, Any]:
     seconds["report"] = time.perf_counter() - start
     figures = Run(path).read_json("report.json")
     print_table(quality(collect(path)), figures["name"])
-    for text in (figures["answer"], figures["statement"], figures["budgets"]["statement"]):
+    for text in (*figures["answer"], figures["statement"], figures["budgets"]["statement"]):
         say(text) if text else None
     say("took " + "; ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
     for file in (paths.html, paths.markdown):

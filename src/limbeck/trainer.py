@@ -30,48 +30,39 @@ from limbeck.evaluate import Subject
 from limbeck.evaluate.runner import evaluate
 from limbeck.learner import Learner
 from limbeck.log import peak_memory_mb, progress, reset_peak_memory, say
-from limbeck.models import blocks, load_tokenizer, recompute_activations, save_model, verify_packing, weights_hash
+from limbeck.models import blocks, check_size, load_tokenizer, recompute_activations, save_model, verify_packing, weights_hash
 from limbeck.objectives.base import Needs, Term, needs_of
 from limbeck.objectives.head import num_chunks
-from limbeck.recipe import Recipe, Train, parse_recipe
-from limbeck.run import Run, environment
+from limbeck.recipe import Recipe, Train, parse_recipe, require_files
+from limbeck.run import Run, differences, environment
 from limbeck.sources.base import OpenSource, microbatches
 from limbeck.student import build as build_student
 from limbeck.teachers import Scorer
 from limbeck.tokens.identity import template_hash, vocabulary, vocabulary_hash
-
-METRICS = (
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "tokens",
-    "scored_tokens",
-    "tokens_per_second",
-    "teacher_share",
-    "peak_memory_mb",
-    "seconds",
-)
 
 
 def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overrides: Iterable[str] = ()) -> Run:
     """Train the recipe's student in the run directory `path`: fresh, resumed from its checkpoint, or returned as it is if finished."""
     recipe = parse_recipe(recipe, overrides)
     student_spec, spec = recipe.for_training()
+    require_files(recipe)
     run = Run(Path(path))
     with distributed.world() as world:
         if world.is_main:
-            _claim(run, recipe)
+            _refuse_others(run, recipe)
         distributed.barrier(world)
         if run.is_finished:
             say(f"{path}: already finished with this recipe")
             return run
         tokenizer = load_tokenizer(student_spec.model, student_spec.revision)
         source = recipe.source.open(tokenizer, recipe.seed)
+        for benchmark in recipe.evaluate:
+            benchmark.samples(tokenizer)  # what cannot be graded shows before hours of training, not after
         student = build_student(student_spec, world.device)
         learner, scorer = assemble(recipe, student, tokenizer, source, world)
         num_steps = spec.steps or math.ceil((spec.epochs or 1) * source.steps_per_epoch(spec.batch_size))
         if world.is_main:
-            _describe(run, source, student, tokenizer, num_steps, spec)
+            _describe(run, recipe, source, student, tokenizer, num_steps)
         _loop(run, recipe, learner, source, scorer, num_steps, tokenizer.pad_token_id or 0, world)
         del scorer
         if world.is_main:
@@ -89,18 +80,19 @@ def assemble(recipe: Recipe, student: Any, tokenizer: Any, source: OpenSource, w
     if scorer is not None:
         scorer.require(source.samples)
     num_tokens = scorer.vocabulary if scorer is not None else len(vocabulary(tokenizer))
+    longest = max(len(sample.ids) for sample in source.samples)
+    check_size(student, len(vocabulary(tokenizer)), longest)
     if spec.pack_length is not None:
         verify_packing(student)
         if scorer is not None:
             scorer.verify_packing()
-    row_length = max(spec.pack_length or 0, max(len(sample.ids) for sample in source.samples))
     learner = Learner(
         student,
         terms,
         num_tokens,
         teacher_layers=scorer.num_layers if scorer else 0,
         teacher_width=scorer.width if scorer else 0,
-        chunks=num_chunks(spec.micro_batch_size * row_length, num_tokens, spec.head_memory_mb),
+        chunks=num_chunks(spec.micro_batch_size * max(longest, spec.pack_length or 0), num_tokens, spec.head_memory_mb),
         fused=spec.head == "fused",
         seed=recipe.seed,
     ).to(world.device)
@@ -180,7 +172,7 @@ def _loop(
         say(f"{run.path}: resuming after step {first} of {num_steps}")
     learner.train()
     reset_peak_memory()
-    with progress(f"train {run.path.name}", num_steps, first) as bar:
+    with progress(f"train {'/'.join(run.path.parts[-2:])}", num_steps, first) as bar:
         for step in range(first, num_steps):
             start = time.perf_counter()
             torch.manual_seed(_seed_of(recipe.seed, step, world.rank))
@@ -238,32 +230,26 @@ def _seed_of(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _claim(run: Run, recipe: Recipe) -> None:
-    """Take the directory for this recipe. Refuses the directory of another recipe, or of something else."""
-    resolved = recipe.to_json()
+def _refuse_others(run: Run, recipe: Recipe) -> None:
+    """Refuse the directory of another recipe, or of something else."""
     if (run.path / "recipe.json").is_file():
-        found = run.read_json("recipe.json")
-        if differing := _first_difference(found, resolved):
-            raise RunError(f"{run.path}: holds a run of another recipe ({differing}); choose another run directory, or delete this one")
+        if differing := differences(run.read_json("recipe.json"), recipe.to_json()):
+            others = "" if len(differing) == 1 else f", and {len(differing) - 1} more"
+            raise RunError(
+                f"{run.path}: holds a run of another recipe ({differing[0][1]}{others}); choose another run directory, or delete this one"
+            )
         return
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise RunError(f"{run.path}: exists and is no run directory; choose another path")
-    run.write_json("recipe.json", resolved)
+
+
+def _describe(run: Run, recipe: Recipe, source: OpenSource, student: Any, tokenizer: Any, num_steps: int) -> None:
+    """Take the directory, now that everything has loaded, and say what is trained on and what it starts from (data.json): two runs with
+    equal hashes had equal budgets."""
+    _, spec = recipe.for_training()
+    run.write_json("recipe.json", recipe.to_json())
     run.write_json("environment.json", environment())
     run.write_json("run.json", {"status": "running"})
-
-
-def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted({*old, *new}):
-            if difference := _first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip(".")):
-                return difference
-        return None
-    return None if old == new else f"{key} is {old!r} there, {new!r} here"
-
-
-def _describe(run: Run, source: OpenSource, student: Any, tokenizer: Any, num_steps: int, spec: Train) -> None:
-    """data.json: what is trained on and what it starts from; two runs with equal hashes had equal budgets."""
     order = hashlib.sha256()
     for step in range(num_steps):
         order.update(" ".join(str(sample.sample_id) for sample in source.at(step, spec.batch_size)).encode())

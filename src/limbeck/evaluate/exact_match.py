@@ -97,8 +97,11 @@ class ExactMatch(Benchmark):
         entries: dict[int, dict[str, Any]] = {}
         for index in range(POOL):
             entry = dataset[index]
-            if not isinstance(entry["answer"], str) or not normalise(entry["answer"]):
-                raise RecipeError(f"evaluate: {self.key!r}: task {self.task!r} has no written answer to compare with; choose another task")
+            if not self._can_be_right(entry["answer"]):
+                raise RecipeError(
+                    f"evaluate: {self.key!r}: task {self.task!r} has the answer {entry['answer']!r:.60}, which extract {self.extract!r} "
+                    "never gives; choose another task, or another way to extract"
+                )
             if chosen.setdefault(entry["question"], index) == index:
                 entries[index] = entry
             if len(entries) == self.limit:
@@ -107,6 +110,10 @@ class ExactMatch(Benchmark):
             f"evaluate: {self.key!r}: task {self.task!r} gives {len(entries)} different questions in {POOL} with these settings, "
             f"limit is {self.limit}; lower it, or widen the settings"
         )
+
+    def _can_be_right(self, answer: Any) -> bool:
+        """Whether an answer could ever match; some tasks want several lines, or have no written answer at all."""
+        return isinstance(answer, str) and extract(answer, self.extract) != "" and is_same(extract(answer, self.extract), answer)
 
     def _dataset(self) -> Any:
         try:

@@ -44,6 +44,11 @@ class Tokens:
     prompt: list[int]
     choices: list[list[int]]
 
+    @property
+    def cost(self) -> int:
+        """Tokens that the model reads for it, padding of its own choices included."""
+        return len(self.prompt) + len(self.choices) * max(map(len, self.choices))
+
 
 class MultipleChoice(Benchmark):
     """Rows of `question`, `choices`, `answer` (index of the right one), `id` and, where there is one, `passage`.
@@ -79,7 +84,7 @@ class MultipleChoice(Benchmark):
             refuse_longer(subject.model, len(each.prompt) + max(map(len, each.choices)), each.case.where)
         items = []
         with progress(f"evaluate {self.key}", len(tokens)) as bar:
-            for part in in_batches(tokens, lambda each: len(each.prompt), self.batch_size):
+            for part in in_batches(tokens, lambda each: each.cost, self.batch_size):
                 scores = log_probs(subject, [each.prompt for each in part], [each.choices for each in part])
                 items += [_grade(each.case, score) for each, score in zip(part, scores, strict=True)]
                 bar.advance(len(part))

@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,6 @@ def identify(subject: Subject) -> dict[str, Any]:
 
 
 def _graded(empty: Result, benchmark: Benchmark, subject: Subject) -> Result:
-    from dataclasses import replace
-
     import torch
 
     model, start = subject.model, time.perf_counter()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from limbeck.errors import RecipeError
 from limbeck.objectives.base import HiddenTerm, LayerPairs, Needs
@@ -45,9 +45,17 @@ class Hidden(HiddenTerm):
             raise ValueError(f"found the same pair twice in {pairs}")
         return pairs
 
+    @model_validator(mode="after")
+    def _num_pairs_of_uniform(self) -> Hidden:
+        if self.num_pairs is not None and self.pairs != "uniform":
+            raise ValueError("found num_pairs beside a list of pairs, expected it with `pairs: uniform` only")
+        return self
+
     def layer_pairs(self, student_layers: int, teacher_layers: int) -> LayerPairs:
         if self.pairs == "uniform":
-            wanted = min(self.num_pairs or student_layers, student_layers)
+            wanted = self.num_pairs or student_layers
+            if wanted > student_layers:
+                raise RecipeError(f"objective.hidden.num_pairs: found {wanted}, expected at most {student_layers}, the student's blocks")
             blocks = [(i + 1) * student_layers // wanted - 1 for i in range(wanted)]
             return tuple((block, max(round((block + 1) * teacher_layers / student_layers) - 1, 0)) for block in blocks)
         for student, teacher in self.pairs:

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import RunError
+from limbeck.evaluate.base import Result
 from limbeck.report.stats import Pair
 from limbeck.run import Run
 
 TEACHER_NLL = "teacher_nll"
 """A metric that says nothing of the model that was graded: it is kept for the comparison with the teacher, and out of the tables."""
 
-REFERENCES = {"teacher": "teacher", "untrained": "student, untrained"}
+REFERENCES = {"teacher": "teacher", "untrained": "untrained"}
+"""Rows that are no arms: folder below `references/`, and label."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class Evidence:
         plain = [arm for arm, recipe in self.recipes.items() if [term["type"] for term in terms(recipe)] == ["ce"]]
         return (plain or list(self.recipes))[0] if len(self.recipes) > 1 else None
 
+    def is_text(self, benchmark: str) -> bool:
+        """Whether a benchmark measures likeness on held-out text, which is near what arms optimise, and no task."""
+        types = {b.get("name") or b["type"]: b["type"] for recipe in self.recipes.values() for b in recipe.get("evaluate", [])}
+        return types.get(benchmark, benchmark) in ("agreement", "bits_per_byte")
+
     def models(self) -> Iterator[tuple[str, list[dict[str, dict[str, Any]]]]]:
         """(label, evals per seed) of everything that was measured: references first, then arms."""
         for name, label in REFERENCES.items():
@@ -93,6 +100,13 @@ class Evidence:
                         found.setdefault((name, metric), value)
         return [(name, metric, example) for (name, metric), example in found.items() if metric != TEACHER_NLL]
 
+    def headlines(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """The first metric of each benchmark: what plots and summaries show; tables have all."""
+        first: dict[str, tuple[str, str, dict[str, Any]]] = {}
+        for entry in self.benchmarks():
+            first.setdefault(entry[0], entry)
+        return list(first.values())
+
 
 def collect(path: Path) -> Evidence:
     """The evidence in a study's or a run's directory."""
@@ -109,6 +123,8 @@ def collect(path: Path) -> Evidence:
 
 def _study(here: Run) -> Evidence:
     study = here.read_json("study.json")
+    if lacking := [key for key in ("name", "seeds", "recipes") if key not in study]:
+        raise RunError(f"{here.path / 'study.json'}: found no {lacking[0]!r}, expected a file written by `limbeck study`")
     arms = {
         arm: [
             _record(folder, arm, seed)
@@ -125,7 +141,7 @@ def _study(here: Run) -> Evidence:
         seeds=study["seeds"],
         recipes=study["recipes"],
         arms=arms,
-        references={name: Run(here.path / "references" / name).evals() for name in REFERENCES} if study.get("references") else {},
+        references={name: _evals(Run(here.path / "references" / name)) for name in REFERENCES} if study.get("references") else {},
         capture=here.read_json("capture.json", {}) or None,
     )
 
@@ -139,9 +155,17 @@ def _record(path: Path, arm: str, seed: int) -> RunRecord:
         totals=run.read_json("run.json", {}),
         data=run.read_json("data.json", {}),
         environment=run.read_json("environment.json", {}),
-        metrics=run.metrics(),
-        evals=run.evals(),
+        metrics=[row for row in run.metrics() if {"step", "loss", "scored_tokens"} <= set(row)],
+        evals=_evals(run),
     )
+
+
+def _evals(run: Run) -> dict[str, dict[str, Any]]:
+    """Results by benchmark; RunError where a file is none."""
+    found = run.evals()
+    for name, result in found.items():
+        Result.from_json(result, str(run.path / "evals" / f"{name}.json"))
+    return found
 
 
 def terms(recipe: dict[str, Any]) -> list[dict[str, Any]]:

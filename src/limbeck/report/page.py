@@ -54,7 +54,7 @@ class Page:
     kind: Literal["study", "run"]
     question: str
     comparison: str
-    answer: str
+    answer: list[str]
     findings: list[tuple[str, str]]
     statement: str
     budget_sentence: str
@@ -87,7 +87,7 @@ def make_page(evidence: Evidence) -> Page:
             [words.caution(evidence)] if words.caution(evidence) else [],
             [tables.quality(evidence)] if evidence.benchmarks() else [],
             plots.quality_plots(evidence),
-            "Plots: bars are two standard errors over items; small ticks are single seeds.",
+            "Plots show the first metric of each benchmark; bars are two standard errors over items, small ticks single seeds.",
             plots_first=True,
         ),
         Section(f"Differences from {evidence.baseline}", tables=[tables.paired(evidence, differences)] if differences else []),
@@ -136,7 +136,7 @@ def to_html(page: Page) -> str:
 def page_to_markdown(page: Page) -> str:
     """The twin, for repositories and terminals."""
     parts = [f"# {escape_markdown(page.title)}"]
-    parts += [escape_markdown(text) for text in (page.question, page.comparison, page.answer) if text]
+    parts += [escape_markdown(text) for text in (page.question, page.comparison, *page.answer) if text]
     if page.findings:
         parts.append("\n".join(f"- **{escape_markdown(metric)}**: {escape_markdown(finding)}" for metric, finding in page.findings))
     parts.append(f"> {escape_markdown(page.statement)}")

@@ -30,7 +30,7 @@ PALETTE = {
     "#0a0006": ("c5", "#a51d4b", "#f0869f"),
 }
 INK, MUTED, GRID, *SERIES = PALETTE
-WIDTH = 3.3  # inches: at the width of a narrow screen the type is still legible
+WIDTH = 2.8  # inches: at the width of a narrow screen the type is still legible
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ def css_variables(dark: bool) -> str:
 
 
 def quality_plots(evidence: Evidence) -> list[Plot]:
-    """One plot per metric: a row per model, a dot per model (small ones per seed), bars of two standard errors over items."""
+    """One plot per benchmark, of its first metric: a row and a dot per model, ticks per seed, bars of two standard errors over items."""
     models = list(evidence.models())
     colours = arm_colours(evidence)
     plots = []
-    for number, (benchmark, metric, example) in enumerate(evidence.benchmarks()):
-        with _figure(0.62 + 0.27 * len(models)) as (figure, axes):
+    for number, (benchmark, metric, example) in enumerate(evidence.headlines()):
+        with _figure(0.5 + 0.24 * len(models)) as (figure, axes):
             for row, (label, per_seed) in enumerate(reversed(models)):
                 found = score(per_seed, benchmark, metric)
                 if found is None or found.value is None:
@@ -79,6 +79,7 @@ def quality_plots(evidence: Evidence) -> list[Plot]:
             axes.set_ylim(-0.6, len(models) - 0.4)
             axes.set_yticks(range(len(models)), [label for label, _ in reversed(models)])
             axes.margins(x=0.08)
+            axes.locator_params(axis="x", nbins=4)
             axes.grid(axis="x", color=GRID, linewidth=0.8)
             title = metric_name(benchmark, metric, example)
             plots.append(
@@ -101,13 +102,14 @@ def loss_plots(evidence: Evidence) -> list[Plot]:
     colours = FIXED | {name: SERIES[i % len(SERIES)] for i, name in enumerate(terms)}
     plots = []
     for number, (arm, by_name) in enumerate(curves.items()):
-        with _figure(2.1) as (figure, axes):
+        with _figure(1.9) as (figure, axes):
             for name, runs in by_name.items():
                 dashed = (0, (4, 2)) if name == "teacher NLL" else "solid"
                 _line(axes, runs, colours[name], dashed, name)
             axes.set_xlim(1, max(steps, 2))
             axes.set_ylim(0, top * 1.05 or 1)
             axes.grid(color=GRID, linewidth=0.8)
+            axes.locator_params(axis="x", integer=True, nbins=5)
             axes.set_xlabel("optimizer step")
             axes.set_ylabel("loss per token")
             axes.legend(frameon=False, fontsize=7.5, labelcolor=INK, loc="upper right", handlelength=1.6, borderaxespad=0.1)

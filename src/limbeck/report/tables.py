@@ -89,29 +89,37 @@ def quality(evidence: Evidence) -> Table:
         Row(
             label,
             [_score_cell(scores[label, b, m], [scores[other, b, m] for other, _ in models]) for b, m, _ in metrics],
-            objective_text(evidence.recipes[label]) if label in evidence.recipes else "",
+            _about(evidence, label),
             label in REFERENCES.values(),
         )
         for label, per_seed in models
     ]
     several = max((len(runs) for runs in evidence.finished.values()), default=1) > 1
-    spreads = "Arms: mean over seeds, sd = standard deviation over seeds. Other rows: " if several else ""
-    return Table(
-        "model", columns, rows, f"{spreads}{'v' if several else 'V'}alue ± standard error over items. ↑ higher is better, ↓ lower."
-    )
+    value = "Arms: mean over seeds, sd: standard deviation over seeds. Other rows: value" if several else "Value"
+    caption = f"{value} ± standard error over items. ↑ higher is better, ↓ lower."
+    return Table("model", columns, rows, caption, notes_below=len(columns) > 5)
+
+
+def _about(evidence: Evidence, label: str) -> str:
+    """A line about a model: an arm's objective, or what a reference is."""
+    if label in evidence.recipes:
+        return objective_text(evidence.recipes[label])
+    teacher = next(iter(evidence.recipes.values())).get("teacher", {})
+    name = str(teacher.get("model", "")).rstrip("/").rpartition("/")[2]
+    return name if label == REFERENCES["teacher"] else "the student before its first step"
 
 
 def _metric_column(benchmark: str, metric: str, example: dict[str, Any]) -> Column:
     chance = example.get("chance")
     notes = [f"{example['num_items']} items", f"chance {chance:.3g}" if chance is not None else ""]
-    name = f"{words(metric)} {arrow(example)}"
+    name = f"{words(metric)}\N{NO-BREAK SPACE}{arrow(example)}"
     return Column(name, "" if words(benchmark) == words(metric) else words(benchmark), ", ".join(filter(None, notes)))
 
 
 def metric_name(benchmark: str, metric: str, example: dict[str, Any]) -> str:
     """`agreement: kl ↓`; a benchmark whose one metric has its own name is named once."""
     names = dict.fromkeys([words(benchmark), words(metric)])
-    return f"{': '.join(names)} {arrow(example)}"
+    return f"{': '.join(names)}\N{NO-BREAK SPACE}{arrow(example)}"
 
 
 def arrow(example: dict[str, Any]) -> str:
@@ -145,8 +153,9 @@ def paired(evidence: Evidence, found: Sequence[Difference]) -> Table:
             error = f" ± {numbers.show(d.stderr)}" if d and d.stderr is not None else ""
             seeds = f", sd {numbers.show(d.sd)} over {d.num_seeds} seeds" if d and d.sd is not None else ""
             cells.append(Cell(numbers.show(d.value, signed=True) + error, marks[d.direction] + seeds) if d else Cell("–"))
+        num_items = max((d.num_items for d in here if d), default=0)
         if any(here):
-            rows.append(Row(metric_name(benchmark, metric, example), cells, f"{max(d.num_items for d in here if d)} items"))
+            rows.append(Row(metric_name(benchmark, metric, example), cells, f"{num_items} items" if num_items else ""))
     seeds = "one seed" if all(d.num_seeds == 1 for d in found) else "each item averaged over seeds"
     caption = (
         f"Arm minus {evidence.baseline}, paired by item: mean ± standard error of the difference over items, {seeds}. "
@@ -285,19 +294,33 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def print_table(table: Table, title: str = "") -> None:
-    """A table on the terminal; texts are shown as they are, never as markup."""
+    """A table on the terminal, turned where it is wider than long: there are few models and many metrics. Texts are never markup."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
     shown = RichTable(title=Text(title), title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
-    shown.add_column(Text(table.corner))
-    for column in table.columns:
-        parts = filter(None, [column.group, column.name, column.note])
-        shown.add_column(Text("\n".join(parts)), justify="right" if table.is_numeric else "left", vertical="bottom")
-    for row in table.rows:
-        cells = [Text.assemble(cell.text, (f" {cell.note}" if cell.note else "", "dim")) for cell in row.cells]
-        shown.add_row(Text(row.label, style="dim" if row.is_reference else "bold"), *cells)
+    heads = [
+        Text.assemble(" ".join(filter(None, [column.group, column.name])), (f"\n{column.note}" if column.note else "", "dim"))
+        for column in table.columns
+    ]
+    labels = [Text(row.label, style="dim" if row.is_reference else "bold") for row in table.rows]
+    cells = [[_compact(cell) for cell in row.cells] for row in table.rows]
+    turned = len(table.columns) > len(table.rows)
+    shown.add_column(Text("" if turned else table.corner))
+    for head in labels if turned else heads:
+        shown.add_column(head, justify="right" if table.is_numeric else "left", no_wrap=table.is_numeric)
+    lines = zip(heads, zip(*cells, strict=True), strict=True) if turned else zip(labels, cells, strict=True)
+    for label, values in lines:
+        shown.add_row(label, *values)
     console.print(shown)
+
+
+def _compact(cell: Cell) -> Any:
+    """`0.250±0.062`: five models fit into 80 columns."""
+    from rich.text import Text
+
+    note = f" {cell.note}".replace(" ± ", "±") if cell.note else ""
+    return Text.assemble(cell.text, (note, "dim"))
 
 
 def print_results(model: str, evals: dict[str, dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from limbeck.report.collect import Evidence, objective_text, terms
 from limbeck.report.summary import BUDGETS, Budget, Difference, Headroom, score
-from limbeck.report.tables import Numbers, metric_name
+from limbeck.report.tables import Numbers, metric_name, words
 
 OPTIMISED = {"ce": "the likelihood of the data’s tokens", "logits": "closeness to the teacher’s distribution"}
 
@@ -45,21 +45,39 @@ def statement(evidence: Evidence) -> str:
     )
 
 
-def answer(evidence: Evidence, found: Sequence[Difference]) -> str:
-    """The count of better and worse beside the baseline: the shortest account of what was measured."""
-    parts = []
-    for arm in dict.fromkeys(difference.arm for difference in found):
-        known = [d.direction for d in found if d.arm == arm and d.direction != "unknown"]
-        better, worse = known.count("better"), known.count("worse")
-        parts.append(f"{arm} is better on {number(better)} of {number(len(known))} metrics and worse on {number(worse)}")
-    return f"Beside {evidence.baseline}, on these items: {'; '.join(parts)}. The rest lie within two standard errors." if parts else ""
+def answer(evidence: Evidence, found: Sequence[Difference]) -> list[str]:
+    """The shortest account of what was measured beside the baseline: tasks first, then likeness on held-out text."""
+    sentences = []
+    for where, is_text in (("On tasks", False), ("On held-out text", True)):
+        # no item on which two arms differ: at the floor or the ceiling, where nothing can be seen
+        here = [d for d in found if evidence.is_text(d.benchmark) == is_text and d.direction != "unknown" and d.stderr]
+        if here:
+            names = listing([words(name) for name in dict.fromkeys(d.benchmark for d in here)])
+            arms_by_claim: dict[str, list[str]] = {}
+            for arm in dict.fromkeys(d.arm for d in here):
+                arms_by_claim.setdefault(_claim([d for d in here if d.arm == arm], evidence.baseline or ""), []).append(arm)
+            claims = [f"{listing(arms)} {'is' if len(arms) == 1 else 'are'} {claim}" for claim, arms in arms_by_claim.items()]
+            sentences.append(f"{where} ({names}): {'; '.join(claims)}.")
+    return sentences
+
+
+def _claim(found: Sequence[Difference], baseline: str) -> str:
+    """`better than sft on three of four metrics and worse on one`, by more than two standard errors over items."""
+    total, metrics = number(len(found)), plural("metric", len(found))
+    better, worse = (sum(d.direction == direction for d in found) for direction in ("better", "worse"))
+    if better:
+        return f"better than {baseline} on {number(better)} of {total} {metrics}" + (f" and worse on {number(worse)}" if worse else "")
+    if worse:
+        return f"worse than {baseline} on {number(worse)} of {total} {metrics}"
+    on_all = {1: "", 2: " on both metrics"}.get(len(found), f" on all {total} metrics")
+    return f"within two standard errors of {baseline}{on_all}"
 
 
 def findings(evidence: Evidence, found: Sequence[Difference]) -> list[tuple[str, str]]:
-    """(metric, where the arms stand beside the baseline)."""
+    """(metric, where the arms stand beside the baseline), for the first metric of each benchmark."""
     return [
         (metric_name(benchmark, metric, example), sentence)
-        for benchmark, metric, example in evidence.benchmarks()
+        for benchmark, metric, example in evidence.headlines()
         if (sentence := _finding(evidence, example, [d for d in found if (d.benchmark, d.metric) == (benchmark, metric)]))
     ]
 
@@ -69,13 +87,13 @@ def _finding(evidence: Evidence, example: dict[str, Any], found: Sequence[Differ
     if not found or evidence.baseline is None:
         return ""
     benchmark, metric = found[0].benchmark, found[0].metric
-    values = {}
-    for arm, runs in evidence.finished.items():
-        if (its := score([run.evals for run in runs], benchmark, metric)) and its.value is not None:
-            values[arm] = its.value
+    scores = {arm: score([run.evals for run in runs], benchmark, metric) for arm, runs in evidence.finished.items()}
+    values = {arm: its.value for arm, its in scores.items() if its and its.value is not None}
     if evidence.baseline not in values:
         return ""
     numbers = Numbers(list(values.values()))
+    if len(set(values.values())) == 1 and all(its is None or not its.stderr for its in scores.values()):
+        return f"Every arm scores {numbers.show(values[evidence.baseline])} on every item: this benchmark cannot tell them apart."
     base = f"{evidence.baseline} ({numbers.show(values[evidence.baseline])})"
     parts: list[str] = []
     for direction, claim in (
@@ -90,7 +108,11 @@ def _finding(evidence: Evidence, example: dict[str, Any], found: Sequence[Differ
             verb = "is" if len(arms) == 1 else "are"
             doubt = " (the error of this difference is not known)" if direction == "unknown" else ""
             parts.append(f"{named} {verb} {claim} {base if not parts else evidence.baseline}{doubt}")
-    return f"{'; '.join(parts)}."
+    chance = example.get("chance")
+    above = [its for its in scores.values() if its and its.value is not None and its.value - (chance or 0) > 2 * (its.stderr or 0)]
+    return f"{'; '.join(parts)}." + (
+        f" No arm is above chance ({chance:.3g}) by more than that." if chance is not None and not above else ""
+    )
 
 
 def caution(evidence: Evidence) -> str:

@@ -32,7 +32,7 @@ from limbeck.store.manifest import (
 
 
 class StoreWriter:
-    """Collects signals sample by sample and publishes a shard every `samples_per_shard`. What is in the store already, its caller knows."""
+    """Collects signals and publishes a shard as soon as `samples_per_shard` are there. What is in the store already, its caller knows."""
 
     def __init__(self, path: Path, identity: Manifest, samples_per_shard: int = 256) -> None:
         self.path, self.samples_per_shard = path, samples_per_shard
@@ -59,8 +59,9 @@ class StoreWriter:
             }
             entry.update({f"hidden.{layer}": state[states] for layer, state in signal.hidden.items()})
             self._pending.append(_first_copy(entry))
-            if len(self._pending) >= self.samples_per_shard:
-                self.flush()
+        # only here, so that a batch is in the store whole or not at all
+        if len(self._pending) >= self.samples_per_shard:
+            self.flush()
 
     def flush(self) -> None:
         """Publish what is pending as a shard."""

@@ -57,7 +57,10 @@ class ModelScorer:
         return ModelScorer(self.name, self.model, self.head, self.num_layers, needs)
 
     def require(self, samples: Sequence[Sample]) -> None:
-        """A live model can score anything."""
+        """A live model can score anything that its positions reach."""
+        from limbeck.models import check_size
+
+        check_size(self.model, self.vocabulary, max((len(sample.ids) for sample in samples), default=0))
 
     def verify_packing(self) -> None:
         from limbeck.models import verify_packing

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from helpers import tiny_model
 
 
-def bigram_model(table: torch.Tensor) -> Any:
-    """`table[a, b]` is the logit of token b after token a, for the V tokens of the test's vocabulary.
-
-    The blocks add nothing to the residual stream, the embeddings are one-hot and the head holds the table.
-    """
+def build(table: torch.Tensor) -> Any:
+    """The blocks add nothing to the residual stream, the embeddings are one-hot and the head holds the table."""
     num_tokens = len(table)
     width = -(-num_tokens // 8) * 8
     model = tiny_model(tied=False, layers=1, width=width, vocab=num_tokens, rms_norm_eps=1e-12)
@@ -27,6 +26,13 @@ def bigram_model(table: torch.Tensor) -> Any:
     return model
 
 
-def random_table(num_tokens: int, seed: int = 0) -> torch.Tensor:
-    """Logits drawn at random."""
-    return 2 * torch.randn(num_tokens, num_tokens, generator=torch.Generator().manual_seed(seed))
+@pytest.fixture(scope="session")
+def bigram_model() -> Callable[[torch.Tensor], Any]:
+    """`bigram_model(table)`: `table[a, b]` is the logit of token b after token a."""
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_table(tokenizer: Any) -> torch.Tensor:
+    """Logits `[V, V]` drawn at random, V the tokens of the shared tokenizer."""
+    return 2 * torch.randn(len(tokenizer), len(tokenizer), generator=torch.Generator().manual_seed(0))
