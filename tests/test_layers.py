@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("6", ("trainer", "capture")),
     ("7", ("report",)),
     ("7", ("study",)),
-    ("8", ("check", "plan", "assets", "init", "schema")),
+    ("8", ("check", "show", "plan", "assets", "init", "schema")),
     ("8", ("export",)),
     ("8", ("demo",)),
     ("8", ("cli",)),

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from limbeck.cache import resolve_data
 from limbeck.errors import RecipeError
 from limbeck.objectives import HiddenTerm
 from limbeck.recipe import Recipe, check_files
@@ -54,7 +53,4 @@ def describe(recipe: Recipe, where: str) -> dict[str, Any]:
 def _num_conversations(recipe: Recipe) -> int | None:
     if not isinstance(recipe.source, DatasetSource):
         return None
-    from limbeck.tokens.datasets import read_conversations
-
-    count = sum(len(read_conversations(resolve_data(name))) for name in recipe.source.names)
-    return min(count, recipe.source.limit or count)
+    return sum(len(chosen.conversations) for chosen in recipe.source.chosen())

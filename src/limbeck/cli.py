@@ -53,6 +53,7 @@ def modes(
 
 @app.command()
 def demo(
+    overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="Directory of the demo's runs and report.")] = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per arm; 5 is the long form.")] = 1,
     as_json: Json = False,
@@ -60,7 +61,7 @@ def demo(
     """SFT, logit and hidden-state distillation of SmolLM2-135M into its pruned half, compared in a report."""
     from limbeck.demo import demo as run_demo
 
-    _finish(run_demo(out, seeds=seeds), as_json)
+    _finish(run_demo(out, seeds=seeds, overrides=overrides or []), as_json)
 
 
 @app.command()
@@ -78,13 +79,26 @@ def init(
 
 
 @app.command()
-def check(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    show_data: Annotated[
+        bool, typer.Option("--show-data", help="Show what is trained on: scored tokens, lengths, losses, padding.")
+    ] = False,
+    rows: Annotated[int, typer.Option(min=0, help="Conversations that --show-data prints, in the order of training.")] = 3,
+    as_json: Json = False,
+) -> None:
     """Validate a recipe or study without loading a model, and say what it will do."""
     from limbeck.check import check as run_check
 
     found = run_check(recipe, overrides or [])
     if not as_json:
         console.print_json(json.dumps(found))
+    if show_data:
+        from limbeck.show import show_data as show
+
+        found["data"] = show(recipe, overrides or [], rows, quiet=as_json)
+    if not as_json:
         say(f"{recipe}: valid {found['kind']}")
     _finish(found, as_json)
 

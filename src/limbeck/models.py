@@ -167,6 +167,27 @@ def verify_head(model: Any) -> None:
         )
 
 
+@torch.no_grad()
+def verify_packing(model: Any) -> None:
+    """Compare documents that share a row with the same ones alone, once at load; refuse a model in which they see each other.
+
+    Attention is kept apart by position ids. State-space, linear-attention and convolution layers know no positions, and a few models
+    build their mask in another way: those carry one document into the next.
+    """
+    parameter = next(model.parameters())
+    lengths, vocab_size = (7, 20, 12), model.config.get_text_config().vocab_size
+    documents = [torch.arange(i, i + length, device=parameter.device)[None] * 5 % vocab_size for i, length in enumerate(lengths)]
+    positions = [torch.arange(length, device=parameter.device)[None] for length in lengths]
+    alone = torch.cat([forward(model, *pair)[0] for pair in zip(documents, positions, strict=True)], dim=1).float()
+    packed = forward(model, torch.cat(documents, dim=1), torch.cat(positions, dim=1))[0].float()
+    difference = ((packed - alone).norm() / alone.norm()).item()
+    if not difference <= (1e-3 if parameter.dtype == torch.float32 else 5e-2):
+        raise ModelError(
+            f"{type(model).__name__}: its hidden states change by {difference:.1%} where documents share a row, so they see each other; "
+            "expected an architecture that keeps them apart by position ids. Remove train.pack_length: without it every document has a row"
+        )
+
+
 @contextmanager
 def _named(name: str, what: str) -> Iterator[None]:
     """transformers' errors about a missing or broken model, as one message that names the model."""

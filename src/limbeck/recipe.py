@@ -18,7 +18,7 @@ from limbeck.evaluate import Benchmark
 from limbeck.objectives import HiddenTerm, Needs, OutputTerm, Term
 from limbeck.objectives.base import active, needs_of
 from limbeck.optim import Optimizer
-from limbeck.sources import DatasetSource, Source
+from limbeck.sources import Source
 from limbeck.spec import Spec, load_yaml, member_of, override, validate
 from limbeck.store.manifest import folder_of, refuse_foreign
 from limbeck.student import Student
@@ -37,7 +37,11 @@ class Train(Spec):
     batch_size: int = Field(8, gt=0)
     """Conversations per optimizer step, over all processes. Changes what is learned; `micro_batch_size` does not."""
     micro_batch_size: int = Field(1, gt=0)
-    """Conversations per forward in each process: as many as fit in memory. The result does not depend on it."""
+    """Rows per forward in each process: as many as fit in memory. A row is a conversation, or several with `pack_length`. The result does
+    not depend on it."""
+    pack_length: int | None = Field(None, gt=1)
+    """Pack the conversations of a step into rows of up to this many tokens, which saves padding. None of them is cut or sees another, and a
+    longer one has a row of its own: the result does not depend on it. Where it is not set, every conversation has its row."""
     optimizer: Optimizer = Optimizer()
     precision: Literal["float32", "bfloat16"] = "float32"
     """`bfloat16` is autocast over float32 weights and optimizer state; use it where the hardware has it."""
@@ -203,17 +207,15 @@ def require_files(recipe: Recipe, where: str = "recipe") -> None:
 def check_files(recipe: Recipe) -> list[str]:
     """What a recipe names that is not there (data, models that are neither local nor a hub name, a benchmark's cases, a tracker's
     package); messages, empty where all is well."""
-    from limbeck.cache import resolve_data, resolve_model
+    from limbeck.cache import resolve_model
 
     problems = []
     checks: list[Callable[[], object]] = [partial(resolve_model, recipe.student.model)] if recipe.student else []
     if model := getattr(recipe.teacher, "model", None):
         checks.append(partial(resolve_model, model))
-    if isinstance(recipe.source, DatasetSource):
-        checks += [partial(resolve_data, name) for name in recipe.source.names]
     if recipe.train:
         checks.append(partial(require_trackers, recipe.train.report_to))
-    for check in (*checks, *(benchmark.check for benchmark in recipe.evaluate)):
+    for check in (*checks, recipe.source.check, *(benchmark.check for benchmark in recipe.evaluate)):
         try:
             check()
         except LimbeckError as error:

@@ -272,11 +272,18 @@ def _resolve(annotation: Any, node: Any) -> Any:
     if get_origin(annotation) is Annotated:
         return _resolve(get_args(annotation)[0], node)
     if get_origin(annotation) in (Union, types.UnionType):
-        options = [option for option in get_args(annotation) if option is not type(None)]
-        return _resolve(options[0], node) if len(options) == 1 else None
+        options = [_resolve(option, node) for option in get_args(annotation) if option is not type(None)]
+        return next((option for option in options if len(options) == 1 or _fits(option, node)), None)
     if isinstance(annotation, type) and issubclass(annotation, Family):
         return annotation.members.get(str(node.get("type")), annotation) if isinstance(node, dict) else annotation
     return annotation
+
+
+def _fits(option: Any, node: Any) -> bool:
+    """Whether a branch of a union is the one for a mapping, or for a list."""
+    if isinstance(node, dict):
+        return isinstance(option, type) and issubclass(option, BaseModel)
+    return isinstance(node, list) and get_origin(option) is list
 
 
 def _types_in(annotation: Any) -> set[Any]:

@@ -1,7 +1,8 @@
 """The trainer: one loop for all methods. It knows samples, counts, scales and steps; it knows no loss and no kind of teacher.
 
 Count, then scale, then sum: all microbatches of an optimizer step are made first and their tokens counted over all processes, so that
-every term's scale is known before the first forward, and the result depends neither on accumulation, nor on ranks, nor on padding.
+every term's scale is known before the first forward, and the result depends neither on accumulation, nor on ranks, nor on
+padding or packing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from limbeck.evaluate import Subject
 from limbeck.evaluate.runner import evaluate
 from limbeck.learner import Learner
 from limbeck.log import peak_memory_mb, progress, reset_peak_memory, say
-from limbeck.models import blocks, check_size, load_tokenizer, recompute_activations, save_model, weights_hash
+from limbeck.models import blocks, check_size, load_tokenizer, recompute_activations, save_model, verify_packing, weights_hash
 from limbeck.objectives.base import Needs, Term, needs_of
 from limbeck.objectives.head import num_chunks
 from limbeck.recipe import Recipe, Train, parse_recipe, require_files
@@ -81,13 +82,17 @@ def assemble(recipe: Recipe, student: Any, tokenizer: Any, source: OpenSource, w
     num_tokens = scorer.vocabulary if scorer is not None else len(vocabulary(tokenizer))
     longest = max(len(sample.ids) for sample in source.samples)
     check_size(student, len(vocabulary(tokenizer)), longest)
+    if spec.pack_length is not None:
+        verify_packing(student)
+        if scorer is not None:
+            scorer.verify_packing()
     learner = Learner(
         student,
         terms,
         num_tokens,
         teacher_layers=scorer.num_layers if scorer else 0,
         teacher_width=scorer.width if scorer else 0,
-        chunks=num_chunks(spec.micro_batch_size * longest, num_tokens, spec.head_memory_mb),
+        chunks=num_chunks(spec.micro_batch_size * max(longest, spec.pack_length or 0), num_tokens, spec.head_memory_mb),
         fused=spec.head == "fused",
         seed=recipe.seed,
     ).to(world.device)
@@ -176,7 +181,8 @@ def _loop(
             rate = spec.optimizer.rate(step, num_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batches = microbatches(source.at(step, spec.batch_size), spec.micro_batch_size, world.rank, world.size, pad_id)
+            samples = source.at(step, spec.batch_size)
+            batches = microbatches(samples, spec.micro_batch_size, world.rank, world.size, pad_id, spec.pack_length)
             try:
                 result = optimizer_step(wrapped, terms, batches, score, optimizer, spec, world)
             except RunError as error:

@@ -18,11 +18,17 @@ import limbeck
 from helpers import write_jsonl
 
 
-@pytest.mark.parametrize(("name", "tied"), [("everything", True), ("hidden only", False)])
+@pytest.mark.parametrize(("name", "tied", "pack_length"), [("everything", True, 80), ("hidden only", False, None)])
 def test_two_ranks_equal_one(
-    name: str, tied: bool, make_model_dir: Callable[..., Path], fake_wandb: Callable[[], list[Any]], tmp_path: Path
+    name: str,
+    tied: bool,
+    pack_length: int | None,
+    make_model_dir: Callable[..., Path],
+    fake_wandb: Callable[[], list[Any]],
+    tmp_path: Path,
 ) -> None:
-    """5 conversations of very unequal length in microbatches of 2: rank 1 gets one microbatch less, so an empty one."""
+    """5 conversations of very unequal length in microbatches of 2: rank 1 gets one microbatch less, so an empty one. Packed into 3 rows,
+    one per microbatch, they are also the same as a row each on one rank."""
     rows = [{"prompt": "The weather", "completion": " in Paris is sunny." * (1 + 3 * i)} for i in range(5)]
     terms: list[dict[str, Any]] = [{"type": "hidden"}]
     if name == "everything":
@@ -42,6 +48,7 @@ def test_two_ranks_equal_one(
         },
     }
     alone = limbeck.train(recipe, tmp_path / "alone")
+    recipe["train"] |= {"pack_length": pack_length, "micro_batch_size": 1 if pack_length else 2}
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(recipe))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]

@@ -63,6 +63,16 @@ def test_accumulation_gives_the_same_run(base: dict[str, Any], tmp_path: Path) -
         torch.testing.assert_close(value, _weights(four)[name], rtol=1e-3, atol=1e-4)
 
 
+def test_packing_gives_the_same_run(base: dict[str, Any], tmp_path: Path) -> None:
+    plain, packed = _train(base, tmp_path / "plain"), _train(base, tmp_path / "packed", "train.pack_length=40", "train.micro_batch_size=2")
+    assert _losses(packed) == pytest.approx(_losses(plain), rel=1e-5)
+    for key in ("tokens", "scored_tokens"):
+        assert [row[key] for row in packed.metrics()] == [row[key] for row in plain.metrics()]
+    assert packed.read_json("data.json") == plain.read_json("data.json")
+    for name, value in _weights(plain).items():
+        torch.testing.assert_close(value, _weights(packed)[name], rtol=1e-3, atol=1e-4)
+
+
 def test_same_seed_same_bits_and_other_seed_other_order(base: dict[str, Any], tmp_path: Path) -> None:
     a, b, c = (_train(base, tmp_path / name, f"seed={seed}") for name, seed in (("a", 3), ("b", 3), ("c", 4)))
     _assert_equal_bits(a, b)

@@ -21,7 +21,8 @@ from limbeck.objectives.base import Needs, Term, active, needs_of
 from limbeck.sources.base import microbatches
 from limbeck.teachers import ModelTeacher, StoreTeacher
 from limbeck.tokens.datasets import read_conversations
-from limbeck.tokens.pad import pad
+from limbeck.tokens.pack import pack
+from limbeck.tokens.pad import collate, pad
 from limbeck.tokens.render import render_all
 from limbeck.tokens.sample import Sample
 
@@ -65,6 +66,18 @@ def teacher_dir(make_model_dir: Callable[..., Path]) -> Path:
     return make_model_dir(layers=4, width=48, seed=5)
 
 
+@pytest.fixture(params=["padded", "packed"])
+def together(request: pytest.FixtureRequest) -> Callable[[Sequence[Sample]], Batch]:
+    """One batch of several samples: each with a row of its own, or in shared rows."""
+
+    def make(samples: Sequence[Sample]) -> Batch:
+        rows = pack(samples, 64 if request.param == "packed" else 0)
+        assert (len(rows) < len(samples)) == (request.param == "packed")
+        return collate(rows, 2)
+
+    return make
+
+
 def _learner(objective: str, tokenizer: Any, tied: bool = True, **settings: Any) -> Learner:
     settings = {"teacher_layers": 4, "teacher_width": 48, "chunks": 2} | settings
     return Learner(tiny_model(tied=tied, layers=2, seed=1), active(OBJECTIVES[objective]), len(tokenizer), **settings).train()
@@ -99,43 +112,49 @@ def _assert_same(a: tuple[float, dict[str, Tensor]], b: tuple[float, dict[str, T
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
-def test_accumulation_padding_and_chunks_do_not_matter(
-    objective: str, tied: bool, samples: list[Sample], tokenizer: Any, teacher_dir: Path
+def test_accumulation_padding_packing_and_chunks_do_not_matter(
+    objective: str, tied: bool, together: Callable[..., Batch], samples: list[Sample], tokenizer: Any, teacher_dir: Path
 ) -> None:
     score = _score(ModelTeacher(model=str(teacher_dir)), tokenizer, objective)
     learner = _learner(objective, tokenizer, tied)
-    whole = _run(learner, [pad(samples, 2)], score)
+    whole = _run(learner, [together(samples)], score)
     assert whole[0] > 0 and any(grad.any() for grad in whole[1].values())
     one_by_one = _run(learner, [pad([sample], 2) for sample in samples], score)
     _assert_same(whole, one_by_one)
     learner.chunks = 7
     _assert_same(whole, _run(learner, [pad(samples, 0)], score))
-    uneven_with_empty = _run(learner, [pad(samples[:3], 2), pad([], 2), pad(samples[3:], 2)], score)
+    uneven_with_empty = _run(learner, [together(samples[:4]), pad([], 2), together(samples[4:])], score)
     _assert_same(whole, uneven_with_empty)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
-def test_fused_equals_plain(objective: str, tied: bool, samples: list[Sample], tokenizer: Any, teacher_dir: Path) -> None:
+def test_fused_equals_plain(
+    objective: str, tied: bool, together: Callable[..., Batch], samples: list[Sample], tokenizer: Any, teacher_dir: Path
+) -> None:
     score = _score(ModelTeacher(model=str(teacher_dir)), tokenizer, objective)
-    batches = [pad(samples, 2)]
+    batches = [together(samples)]
     _assert_same(
         _run(_learner(objective, tokenizer, tied), batches, score), _run(_learner(objective, tokenizer, tied, fused=False), batches, score)
     )
 
 
 @pytest.mark.parametrize("objective", ["everything", "hidden"])
-def test_gradient_checkpointing_does_not_matter(objective: str, samples: list[Sample], tokenizer: Any, teacher_dir: Path) -> None:
+def test_gradient_checkpointing_does_not_matter(
+    objective: str, together: Callable[..., Batch], samples: list[Sample], tokenizer: Any, teacher_dir: Path
+) -> None:
     score = _score(ModelTeacher(model=str(teacher_dir)), tokenizer, objective)
     plain, checkpointed = _learner(objective, tokenizer), _learner(objective, tokenizer)
     recompute_activations(checkpointed.student)
-    _assert_same(_run(plain, [pad(samples, 2)], score), _run(checkpointed, [pad(samples, 2)], score))
+    _assert_same(_run(plain, [together(samples)], score), _run(checkpointed, [together(samples)], score))
 
 
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
-def test_per_term_losses_sum_to_the_loss(objective: str, samples: list[Sample], tokenizer: Any, teacher_dir: Path) -> None:
+def test_per_term_losses_sum_to_the_loss(
+    objective: str, together: Callable[..., Batch], samples: list[Sample], tokenizer: Any, teacher_dir: Path
+) -> None:
     score = _score(ModelTeacher(model=str(teacher_dir)), tokenizer, objective)
-    learner, batch = _learner(objective, tokenizer), pad(samples, 2)
+    learner, batch = _learner(objective, tokenizer), together(samples)
     scales = dict.fromkeys(active(OBJECTIVES[objective]), 0.01)
     losses, _ = learner(batch, score(batch), scales, per_term=True)
     assert set(losses) == set(active(OBJECTIVES[objective]))
@@ -156,7 +175,13 @@ def test_per_term_losses_sum_to_the_loss(objective: str, samples: list[Sample], 
 
 @pytest.mark.parametrize("objective", ["logits", "reverse_kl", "hidden", "everything"])
 def test_store_equals_the_live_teacher(
-    objective: str, data: Path, samples: list[Sample], tokenizer: Any, teacher_dir: Path, tmp_path: Path
+    objective: str,
+    together: Callable[..., Batch],
+    data: Path,
+    samples: list[Sample],
+    tokenizer: Any,
+    teacher_dir: Path,
+    tmp_path: Path,
 ) -> None:
     """Bit for bit on the batches of the capture, 1e-5 on others."""
     teacher = {"type": "model", "model": str(teacher_dir)}
@@ -182,7 +207,7 @@ def test_store_equals_the_live_teacher(
     learner = _learner(objective, tokenizer)
     a, b = _run(learner, same, online), _run(learner, same, offline)
     assert a[0] == b[0] and all(torch.equal(a[1][name], b[1][name]) for name in a[1])
-    others = [pad(samples[:5], 2), pad(samples[5:], 2)]
+    others = [together(samples[:4]), together(samples[4:])]
     _assert_same(_run(learner, others, online), _run(learner, others, offline), tolerance=1e-5)
 
 
@@ -197,20 +222,20 @@ def test_store_equals_the_live_teacher(
     ],
 )
 def test_student_equal_to_its_teacher_has_no_loss_and_no_gradient(
-    term: Term, exactly: float, samples: list[Sample], tokenizer: Any, model_dir: Path
+    term: Term, exactly: float, together: Callable[..., Batch], samples: list[Sample], tokenizer: Any, model_dir: Path
 ) -> None:
     terms = active([term])
     student = tiny_model()
     learner = Learner(student, terms, len(tokenizer), teacher_layers=4, teacher_width=32)
     scorer = ModelTeacher(model=str(model_dir)).open(tokenizer, needs_of(terms, 4, 4))
-    loss, grads = _run(learner, [pad(samples, 2)], scorer.score)
+    loss, grads = _run(learner, [together(samples)], scorer.score)
     assert abs(loss) <= exactly
     assert all(grad.abs().max() <= exactly for grad in grads.values())
 
 
-def test_unscored_positions_get_exactly_zero_gradient(samples: list[Sample], tokenizer: Any) -> None:
+def test_unscored_positions_get_exactly_zero_gradient(together: Callable[..., Batch], samples: list[Sample], tokenizer: Any) -> None:
     """The head's rows are the scored tokens only: the last hidden state elsewhere gets nothing."""
-    learner, batch = _learner("ce", tokenizer), pad(samples, 2)
+    learner, batch = _learner("ce", tokenizer), together(samples)
     kept: list[Tensor] = []
 
     def keep(module: Any, args: Any, output: Tensor) -> None:
@@ -234,9 +259,9 @@ def test_padded_rows_of_the_vocabulary_get_no_gradient(samples: list[Sample], to
     assert grads["student.lm_head.weight"][: len(tokenizer)].any()
 
 
-def test_padding_content_does_not_matter(samples: list[Sample], tokenizer: Any) -> None:
+def test_padding_content_does_not_matter(together: Callable[..., Batch], samples: list[Sample], tokenizer: Any) -> None:
     learner = _learner("ce", tokenizer)
-    batch = pad(samples, 2)
+    batch = together(samples)
     other = replace(batch, input_ids=torch.where(batch.document_ids < 0, torch.full_like(batch.input_ids, 7), batch.input_ids))
     assert not torch.equal(batch.input_ids, other.input_ids)
     a, b = _run(learner, [batch], lambda batch: Signal()), _run(learner, [other], lambda batch: Signal())
@@ -245,11 +270,16 @@ def test_padding_content_does_not_matter(samples: list[Sample], tokenizer: Any) 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
-def test_ranks_share_a_step_evenly_and_completely(world_size: int, micro_batch_size: int, samples: list[Sample]) -> None:
-    shares = [microbatches(samples, micro_batch_size, rank, world_size, 2) for rank in range(world_size)]
+@pytest.mark.parametrize("pack_length", [None, 20, 64])
+def test_ranks_share_a_step_evenly_and_completely(
+    world_size: int, micro_batch_size: int, pack_length: int | None, samples: list[Sample]
+) -> None:
+    shares = [microbatches(samples, micro_batch_size, rank, world_size, 2, pack_length) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
     scored = sum(batch.counts["scored"] for share in shares for batch in share)
     assert scored == sum(sample.num_scored for sample in samples)
+    found = sorted(int(key) for share in shares for batch in share for key in batch.sample_ids[batch.offsets == 0])
+    assert found == sorted(sample.sample_id for sample in samples)
 
 
 def test_needs_are_what_the_terms_ask_for() -> None:

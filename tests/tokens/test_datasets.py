@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from helpers import chatml
-from limbeck.errors import DataError
-from limbeck.tokens.datasets import conversation_of, data_hash, read_conversations
+from limbeck.errors import DataError, RecipeError
+from limbeck.spec import validate
+from limbeck.tokens.datasets import DataSet, data_hash, read_conversations
+from limbeck.tokens.formats import conversation_of
 from limbeck.tokens.render import render
 from limbeck.tokens.sample import make_sample
 
@@ -109,7 +114,7 @@ def test_a_surrogate_pair_is_a_character(tmp_path):
     [
         ({"mesages": HI}, ["found keys 'mesages'", "expected `messages`", "did you mean 'messages'?"]),
         ({"Messages": HI}, ["did you mean 'messages'?"]),
-        ({"conversations": HI}, ["found keys 'conversations'", "`prompt` and `completion`"]),
+        ({"dialog": HI}, ["found keys 'dialog'", "`prompt` and `completion`", "named by `convert`"]),
         ({}, ["found no keys"]),
         ([HI], ["found a list", "expected an object"]),
         ("hi", ["found a text"]),
@@ -117,7 +122,8 @@ def test_a_surrogate_pair_is_a_character(tmp_path):
         ({"prompt": "a", "completion": None}, ["`completion` is missing"]),
         ({"prompt": "a", "completions": "b"}, ["`completion` is missing", "did you mean 'completion'?"]),
         ({"completion": "a"}, ["`prompt` is missing"]),
-        ({"prompt": HI, "completion": "b"}, ["prompt: found a list", "goes under `messages`"]),
+        ({"prompt": HI, "completion": "b"}, ["completion: found a text ('b'), expected a list"]),
+        ({"prompt": "a", "completion": HI}, ["completion: found a list", "both `prompt` and `completion` as lists of messages"]),
         ({"prompt": "a", "completion": 4}, ["completion: found a number (4), expected a text"]),
         ({"messages": []}, ["messages: found an empty list"]),
         ({"messages": "hi"}, ["messages: found a text ('hi'), expected a list"]),
@@ -183,12 +189,207 @@ def test_empty_file(content, tmp_path):
 
 def test_unreadable_file(tmp_path):
     for path in (tmp_path, tmp_path / "missing.jsonl"):
-        with pytest.raises(DataError, match="not readable"):
+        with pytest.raises(DataError, match="no such file"):
             read_conversations(path)
 
 
 def test_messages_are_long_but_errors_are_not(tmp_path):
     assert len(refusal(tmp_path, json.dumps({"messages": "x" * 10_000}))) < 200
+
+
+# ---- which rows
+
+
+TEXTS = [{"text": f"text {i}"} for i in range(200)]
+
+
+def texts(**settings):
+    return [conversation.text for conversation in DataSet(**settings).read().conversations]
+
+
+def test_origins_give_the_same_rows(write_jsonl):
+    file = str(write_jsonl(TEXTS))
+    assert texts(path=file) == texts(rows=TEXTS) == texts(rows=iter(TEXTS)) == [row["text"] for row in TEXTS]
+    assert [chosen.name for chosen in (DataSet(path=file).read(), DataSet(rows=TEXTS).read())] == [file, "rows"]
+    assert DataSet(rows=TEXTS).read().conversations[7].where == "row 8"
+
+
+def test_rows_are_a_copy_that_survives_the_recipe():
+    rows = [{"text": "a"}]
+    given = DataSet(rows=rows)
+    rows[0]["text"] = "b"
+    assert given.read().conversations[0].text == "a"
+    assert DataSet.model_validate_json(given.model_dump_json()) == given
+
+
+def test_limit_takes_the_first_rows_and_with_a_seed_any(write_jsonl):
+    assert texts(rows=TEXTS, limit=5) == [row["text"] for row in TEXTS[:5]]
+    drawn = texts(rows=TEXTS, limit=50, seed=0)
+    assert len(drawn) == 50 and drawn != [row["text"] for row in TEXTS[:50]]
+    assert drawn == sorted(drawn, key=lambda text: int(text.split()[1])), "rows keep their order"
+    assert set(texts(rows=TEXTS, limit=20, seed=0)) < set(drawn) != set(texts(rows=TEXTS, limit=50, seed=1))
+    assert set(texts(rows=TEXTS[::-1], limit=50, seed=0)) == set(drawn), "whatever the order of the file"
+    assert len(texts(rows=TEXTS, limit=500, seed=0)) == 200
+
+
+def test_the_two_sides_of_held_out_share_no_row_and_lose_none():
+    rows = [*TEXTS, *TEXTS[:20]]
+    data = DataSet(rows=rows, held_out=0.2)
+    train, heldout = ([c.text for c in data.read(held_out=side).conversations] for side in (False, True))
+    assert sorted(train + heldout) == sorted(row["text"] for row in rows)
+    assert not set(train) & set(heldout), "a row's copies are on its side"
+    assert 20 < len(heldout) < 65
+    assert [c.text for c in DataSet(rows=rows[::-1], held_out=0.2).read(held_out=True).conversations] == heldout[::-1]
+    assert [c.text for c in DataSet(rows=rows, held_out=0.2, seed=1).read(held_out=True).conversations] != heldout
+    assert set(heldout) < {c.text for c in DataSet(rows=rows, held_out=0.4).read(held_out=True).conversations}
+    assert texts(rows=rows) == [c.text for c in DataSet(rows=rows).read(held_out=True).conversations], "without it there is one side"
+    chosen = data.read()
+    assert (chosen.num_rows, chosen.num_other_side, len(chosen.conversations)) == (220, len(heldout), len(train))
+
+
+def test_limit_and_held_out_draw_apart():
+    """The rows of a limit are not those that are next to be held out: a limit of half leaves half of each side."""
+    data = DataSet(rows=TEXTS, held_out=0.5, limit=40, seed=0)
+    everything = {c.text for c in DataSet(rows=TEXTS, limit=80, seed=0).read().conversations}
+    heldout = {c.text for c in data.read(held_out=True).conversations}
+    assert 0 < len(everything & heldout) < 40
+
+
+def test_origins_are_told_apart():
+    for settings, message in [
+        ({}, "found none of them, expected one of `path`, `hub` and `rows`"),
+        ({"path": "x", "rows": []}, "found path and rows"),
+        ({"path": "x", "split": "train"}, "found `split` with `path`; only data sets of the hub"),
+        ({"rows": [], "revision": "main"}, "found `revision` with `rows`"),
+        ({"path": "x", "convert": "module.function"}, "convert: found 'module.function', expected `module:function`"),
+        ({"rows": [{"text": {1}}]}, "rows: expected rows of texts, numbers, lists and mappings"),
+    ]:
+        with pytest.raises(RecipeError) as caught:
+            validate(DataSet, settings, "recipe")
+        assert message in str(caught.value)
+
+
+def test_a_name_like_the_hubs_says_how_the_hub_is_named():
+    with pytest.raises(DataError, match=r"no such file or data set.*\{hub: HuggingFaceH4/no_robots\}"):
+        DataSet(path="HuggingFaceH4/no_robots").check()
+    with pytest.raises(DataError) as caught:
+        DataSet(path="data/train.jsonl").check()
+    assert "hub" not in str(caught.value)
+
+
+def test_a_set_without_rows_is_refused():
+    with pytest.raises(DataError, match="rows: found no rows"):
+        DataSet(rows=[]).read()
+
+
+# ---- a function of the user's
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """`module(source)` writes `my_rows.py` into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(source):
+        (tmp_path / "my_rows.py").write_text(source)
+        monkeypatch.delitem(sys.modules, "my_rows", raising=False)
+        importlib.invalidate_caches()
+
+    yield write
+    sys.modules.pop("my_rows", None)
+
+
+QA = [{"q": "a", "a": "b"}, {"q": "c", "a": None}, {"q": "d", "a": "e"}]
+
+
+def test_convert_makes_rows_of_a_known_format_or_leaves_them_out(module):
+    module("def f(row):\n    return {'prompt': row['q'], 'completion': row['a']} if row['a'] else None\nclass C:\n    f = staticmethod(f)")
+    for name in ("my_rows:f", "my_rows:C.f"):
+        chosen = DataSet(rows=QA, convert=name).read()
+        assert [(c.prompt, c.completion, c.where) for c in chosen.conversations] == [("a", "b", "row 1"), ("d", "e", "row 3")]
+        assert (chosen.num_rows, chosen.num_left_out) == (3, 1)
+    assert len(DataSet(rows=QA, convert="my_rows:f", limit=2).read().conversations) == 2, "rows that are left out do not count"
+    assert "my_rows" in sys.modules and str(Path.cwd()) not in sys.path
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "message"),
+    [
+        ("", "my_row:f", "found no module 'my_row' in .*; did you mean 'my_rows'"),
+        ("", "my_rows.inner:f", "found no module 'my_rows.inner'"),
+        ("import surely_not_installed", "my_rows:f", "my_rows imports 'surely_not_installed', which is not installed"),
+        ("1 / 0", "my_rows:f", "importing my_rows raised ZeroDivisionError"),
+        ("def fun(row): ...", "my_rows:fn", "my_rows has no 'fn'; did you mean 'fun'"),
+        ("f = 3", "my_rows:f", "found int, expected a function"),
+    ],
+)
+def test_convert_that_is_not_there_is_refused_before_rows_are_read(source, name, message, module):
+    module(source)
+    with pytest.raises(DataError, match=f"convert '{name}': {message}"):
+        DataSet(rows=QA, convert=name).check()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("row['question']", r"row 1: convert 'my_rows:f' raised KeyError: 'question'"),
+        ("[row]", "row 1: found a list .*, expected an object with `messages`"),
+        ("{'prompt': row['q']}", "row 1: `completion` is missing"),
+        ("{'prompt': row['q'], 'completion': 'x' if row['q'] == 'a' else 3}", "row 2: completion: found a number"),
+    ],
+)
+def test_convert_that_fails_names_the_row(body, message, module):
+    module(f"def f(row):\n    return {body}")
+    with pytest.raises(DataError, match=message):
+        DataSet(rows=QA, convert="my_rows:f").read()
+
+
+# ---- the hub
+
+
+@pytest.fixture
+def hub_folder(tmp_path, monkeypatch):
+    """A folder laid out as data sets of the hub are; `datasets` keeps its copies in the test's folder."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split, rows in (("train", TEXTS[:10]), ("test", [{"text": "x"}, {"text": None}])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_splits_of_a_hub_data_set(hub_folder):
+    assert texts(hub=hub_folder) == [row["text"] for row in TEXTS[:10]]
+    assert texts(hub=hub_folder, split="train[:20%]") == ["text 0", "text 1"]
+    assert texts(hub=hub_folder, split="test", limit=1) == ["x"]
+    with pytest.raises(DataError, match=rf"{hub_folder}:test: row 2: found no keys"):
+        texts(hub=hub_folder, split="test")
+
+
+def test_a_split_that_is_not_there(hub_folder):
+    with pytest.raises(DataError, match=r"\(subset default, split dev\) cannot be loaded\n  cause: ValueError: .*dev"):
+        texts(hub=hub_folder, split="dev")
+
+
+def test_a_dataset_from_python(hub_folder):
+    datasets = pytest.importorskip("datasets")
+    assert texts(rows=datasets.Dataset.from_list(TEXTS[:3])) == ["text 0", "text 1", "text 2"]
+
+
+def test_a_hub_data_set_offline_is_one_message(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError) as caught:
+        texts(hub="owner/no-such-set")
+    assert "data set 'owner/no-such-set' (subset default, split train) cannot be loaded; HF_HUB_OFFLINE is set" in str(caught.value)
+
+
+def test_the_package_of_the_hub_is_asked_for_before_anything_else(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"'owner/set': .*need the package `datasets`.*pip install 'limbeck\[data\]'"):
+        DataSet(hub="owner/set").check()
 
 
 # ---- the hash

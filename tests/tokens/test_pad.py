@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from helpers import tiny_model
-from limbeck.tokens.pad import pad
+from limbeck.tokens.pack import pack
+from limbeck.tokens.pad import collate, pad
 from limbeck.tokens.sample import Sample, make_sample
 
 PAD = 2
@@ -48,11 +49,58 @@ def test_every_token_by_brute_force(seed):
     assert batch.num_tokens == sum(map(len, rows))
 
 
+@pytest.mark.parametrize("seed", range(50))
+def test_every_token_of_shared_rows_by_brute_force(seed):
+    """What is known of a token does not depend on the row it stands in; and where it stands, its row's ids say."""
+    random = Random(seed)
+    samples = [
+        Sample(sample_id=number, ids=np.array([random.randint(0, 5) for _ in flags]), is_target=np.array(flags))
+        for number in range(random.randint(1, 6))
+        if (flags := [random.random() < 0.7 for _ in range(random.randint(1, 9))])
+    ]
+    rows = pack(samples, 12)
+    batch = collate(rows, PAD)
+    scored, represented, document = [], [], -1
+    width = batch.input_ids.shape[1]
+    for b, row in enumerate(rows):
+        tokens = [(sample, offset) for sample in row for offset in range(len(sample.ids))]
+        for t in range(width):
+            sample, offset = tokens[t] if t < len(tokens) else (None, -1)
+            document += offset == 0
+            assert batch.input_ids[b, t] == (sample.ids[offset] if sample else PAD)
+            assert batch.offsets[b, t] == offset
+            assert batch.document_ids[b, t] == (document if sample else -1)
+            assert batch.sample_ids[b, t] == (sample.sample_id if sample else 0)
+            if any(len(row) > 1 for row in rows):
+                assert batch.position_ids[b, t] == max(offset, 0)
+            if sample:
+                represented.append(b * width + t)
+                if offset + 1 < len(sample.ids) and sample.is_target[offset + 1]:
+                    scored.append(b * width + t)
+    assert batch.scored.tolist() == scored
+    assert batch.targets.tolist() == [int(batch.input_ids.flatten()[position + 1]) for position in scored]
+    assert batch.represented.tolist() == represented
+    assert batch.counts == {"scored": sum(s.num_scored for s in samples), "represented": sum(len(s.ids) for s in samples)}
+
+
 def test_first_token_of_the_next_row_is_nobodys_target():
     all_targets = [Sample(sample_id=row, ids=np.array(ids), is_target=np.ones(2, dtype=bool)) for row, ids in enumerate([[7, 8], [9, 10]])]
     batch = pad(all_targets, PAD)
     assert batch.scored.tolist() == [0, 2]
     assert batch.targets.tolist() == [8, 10]
+
+
+def test_first_token_of_the_next_document_is_nobodys_target():
+    all_targets = [Sample(sample_id=row, ids=np.array(ids), is_target=np.ones(2, dtype=bool)) for row, ids in enumerate([[7, 8], [9, 10]])]
+    batch = collate([all_targets], PAD)
+    assert batch.scored.tolist() == [0, 2]
+    assert batch.targets.tolist() == [8, 10]
+
+
+def test_padding_beside_shared_rows_stays_within_the_models_positions():
+    """A row may be wider than the model has positions, where its documents are not: the padding must not count beyond them."""
+    batch = collate([[sample([5, 6, 7])] * 4, [sample([8])]], PAD)
+    assert batch.position_ids.tolist() == [[0, 1, 2] * 4, [0] * 12]
 
 
 def test_eos_is_a_target_and_padding_with_the_same_id_is_not():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from tokenizers import processors
@@ -303,6 +303,38 @@ def test_first_message_of_the_assistant(tokenizer, fresh_tokenizer):
     assert targets(render(greeting, fresh_tokenizer, LONG), fresh_tokenizer) == ["Hello.<|im_end|>", "yes<|im_end|>"]
 
 
+@pytest.mark.parametrize("generation", [False, True])
+def test_nothing_is_learned_from_the_context(generation, fresh_tokenizer):
+    """A prompt that is a list of messages may hold turns of the assistant: few-shot examples, or somebody else's."""
+    fresh_tokenizer.chat_template = chatml(generation)
+    whole = render(TWO_TURNS, fresh_tokenizer, LONG)
+    for num_context, expected in ((0, 2), (1, 2), (2, 1), (3, 1)):
+        sample = render(replace(TWO_TURNS, num_context=num_context), fresh_tokenizer, LONG)
+        assert sample.ids.tolist() == whole.ids.tolist()
+        assert targets(sample, fresh_tokenizer) == ["It is sunny.<|im_end|>", "The dog sleeps.<|im_end|>"][-expected:]
+    assert "no message of role 'assistant'" in refusal(replace(TWO_TURNS, num_context=4), fresh_tokenizer)
+
+
+# ---- plain text
+
+
+def test_every_token_of_a_text_is_a_target_but_the_first(tokenizer):
+    sample = render(Conversation(text="The weather in Paris"), tokenizer, LONG)
+    assert tokenizer.decode(sample.ids) == "The weather in Paris<|im_end|>"
+    assert sample.is_target.tolist() == [False, *[True] * (len(sample.ids) - 1)]
+    assert render(Conversation(text="The weather in Paris<|im_end|>"), tokenizer, LONG).ids.tolist() == sample.ids.tolist()
+
+
+def test_a_text_begins_as_the_tokenizer_begins_it(fresh_tokenizer):
+    start = fresh_tokenizer.bos_token
+    template = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, fresh_tokenizer.bos_token_id)])
+    fresh_tokenizer.backend_tokenizer.post_processor = template
+    sample = render(Conversation(text="dog"), fresh_tokenizer, LONG)
+    assert fresh_tokenizer.decode(sample.ids) == f"{start}dog<|im_end|>"
+    assert not sample.is_target[0] and sample.is_target[1:].all()
+    assert render(Conversation(text=f"{start}dog"), fresh_tokenizer, LONG).ids.tolist() == sample.ids.tolist()
+
+
 # ---- whole data sets
 
 
@@ -323,6 +355,10 @@ def test_report(tokenizer):
         "num_dropped": 0,
         "tokens_cut": 0,
         "targets_cut": 0,
+        "num_split": 0,
+        "num_too_long": 0,
+        "num_too_short": 0,
+        "formats": {},
     }
 
 

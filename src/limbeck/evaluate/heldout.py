@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
-from limbeck.cache import resolve_data
 from limbeck.evaluate.base import Benchmark, Item, Subject
-from limbeck.evaluate.cases import choose, files_hash, in_batches
+from limbeck.evaluate.cases import choose, in_batches
 from limbeck.log import progress, say
+from limbeck.tokens.datasets import DataSets, sets_of
 from limbeck.tokens.sample import Conversation, Sample
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 class HeldOut(Benchmark):
     """Base of benchmarks over conversations that were not trained on."""
 
-    data: str | list[str]
-    """File, data set in Limbeck's cache, or one shipped with Limbeck; or a list of them. Rows as for training."""
+    data: DataSets
+    """As in a source of type `dataset`: files, names, mappings. Of a set with `held_out`, the rows that training leaves out."""
     max_length: int = Field(1024, gt=1)
     """Tokens after which a conversation is cut; what was cut is reported."""
     limit: int | None = Field(None, gt=0)
@@ -34,27 +35,22 @@ class HeldOut(Benchmark):
 
     @field_validator("data")
     @classmethod
-    def _some(cls, data: str | list[str]) -> str | list[str]:
+    def _some(cls, data: DataSets) -> DataSets:
         if not data:
             raise ValueError("expected a file or the name of a data set")
+        if any(part.weight is not None for part in sets_of(data)):
+            raise ValueError("found `weight`, which is for training: a benchmark uses every row once")
         return data
-
-    @property
-    def names(self) -> list[str]:
-        return [self.data] if isinstance(self.data, str) else self.data
 
     def check(self) -> None:
         self.conversations()
 
     def fingerprint(self) -> str:
-        return files_hash(self.names)
+        return hashlib.sha256(json.dumps([row.content for row in self.conversations()]).encode()).hexdigest()
 
     def conversations(self) -> list[Conversation]:
         """The chosen rows. A row that is there twice counts once: it would tell no more, and pass for more evidence."""
-        from limbeck.tokens.datasets import read_conversations
-
-        rows = [row for name in self.names for row in read_conversations(resolve_data(name))]
-        return choose(rows, _content, self.limit)
+        return choose((row for part in sets_of(self.data) for row in part.read(held_out=True).conversations), _content, self.limit)
 
     def rendered(self, tokenizer: Any) -> list[Sample]:
         """The chosen conversations as ids and targets, each sample id once."""
@@ -88,4 +84,5 @@ def item_id(sample_id: int) -> str:
 
 
 def _content(row: Conversation) -> str:
-    return json.dumps([row.messages, row.tools, row.prompt, row.completion], sort_keys=True, ensure_ascii=False)
+    parts = [row.messages, row.tools, row.prompt, row.completion, *([] if row.text is None else [row.text])]
+    return json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)

@@ -174,11 +174,11 @@ def _pad_right(answers: Sequence[Sequence[int]], device: str) -> tuple[Tensor, T
 
 def read_cases(name: str) -> list[Case]:
     """The questions of a JSON-lines file, each row checked."""
-    from limbeck.tokens.datasets import _rows
+    from limbeck.tokens.files import rows_of
 
     path = resolve_data(name)
     cases: dict[str, Case] = {}
-    for where, row in _rows(path):
+    for where, row in rows_of(path):
         case = _case(row, where)
         if case.id in cases:
             raise DataError(f"{where}: id {case.id!r} is that of {cases[case.id].where} too, expected ids that differ")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from limbeck.spec import Family
+from limbeck.tokens.pack import lay_out
 from limbeck.tokens.sample import Sample
 
 if TYPE_CHECKING:
@@ -39,16 +40,21 @@ class Source(Family):
 
     type: str
 
+    def check(self) -> None:
+        """Raise on what would stop `open` and shows without reading: a missing file, package or function. Torch-free."""
+
     def open(self, tokenizer: Any, seed: int) -> OpenSource:
         """Read and render; `seed` fixes the order."""
         raise NotImplementedError
 
 
-def microbatches(samples: Sequence[Sample], micro_batch_size: int, rank: int, world_size: int, pad_id: int) -> list[Batch]:
-    """This rank's share of an optimizer step. All ranks get equally many microbatches; where the samples do not suffice, empty ones."""
-    from limbeck.tokens.pad import pad
+def microbatches(
+    samples: Sequence[Sample], micro_batch_size: int, rank: int, world_size: int, pad_id: int, pack_length: int | None = None
+) -> list[Batch]:
+    """This rank's share of an optimizer step. All ranks get equally many microbatches; where the rows do not suffice, empty ones."""
+    from limbeck.tokens.pad import collate
 
-    parts = [samples[start : start + micro_batch_size] for start in range(0, len(samples), micro_batch_size)]
+    parts = lay_out(samples, micro_batch_size, pack_length)
     while len(parts) % world_size:
         parts.append([])
-    return [pad(part, pad_id) for part in parts[rank::world_size]]
+    return [collate(part, pad_id) for part in parts[rank::world_size]]

@@ -44,6 +44,10 @@ class Scorer(Protocol):
         """Refuse samples that this teacher cannot score (a capture that lacks them); says the share missing."""
         ...
 
+    def verify_packing(self) -> None:
+        """Refuse to score batches whose rows hold several documents, if this teacher cannot keep them apart."""
+        ...
+
 
 class Teacher(Family):
     """Base of the family of teachers."""

@@ -62,6 +62,11 @@ class ModelScorer:
 
         check_size(self.model, self.vocabulary, max((len(sample.ids) for sample in samples), default=0))
 
+    def verify_packing(self) -> None:
+        from limbeck.models import verify_packing
+
+        verify_packing(self.model)
+
     def score(self, batch: Batch) -> Signal:
         import torch
 

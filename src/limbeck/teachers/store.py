@@ -69,5 +69,8 @@ class StoreScorer:
                 "it was captured from other data, or with a smaller source.max_length. Capture again with this recipe's source"
             )
 
+    def verify_packing(self) -> None:
+        """Tokens are looked up by their sample, in whatever row they stand."""
+
     def score(self, batch: Batch) -> Signal:
         return replace(self.reader.read(batch, self.needs), teacher_head=self.head)

@@ -1,54 +1,204 @@
-"""JSON-lines files to conversations, checked row by row.
+"""Data sets: where rows come from, and which of them are used. What a row means is formats.py's part, and rendering render.py's.
 
-A file is refused at its first bad row: a row skipped in silence changes what was trained on. What a tokenizer makes of a
-conversation is render.py's part.
+A set has two sides: the rows that are trained on, and with `held_out` those that a benchmark may use and training never sees.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
+import heapq
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from limbeck.cache import resolve_data
 from limbeck.errors import DataError, nearest
+from limbeck.spec import Spec
+from limbeck.tokens.files import rows_of
+from limbeck.tokens.formats import EXPECTED, Format, conversation_of
 from limbeck.tokens.sample import Conversation, Sample
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-KEYS = ("messages", "tools", "prompt", "completion")
-EXPECTED = "`messages` (with optional `tools`), or `prompt` and `completion`"
+
+class DataSet(Spec):
+    """One data set: its origin (`path`, `hub` or `rows`), and which of its rows are used."""
+
+    path: str | None = None
+    """A file (JSON lines, JSON, CSV, Parquet, Arrow), a data set in Limbeck's cache, or one shipped with Limbeck."""
+    hub: str | None = None
+    """A data set of the Hugging Face hub, or a folder that is laid out like one. Needs the extra `data`."""
+    rows: list[dict[str, Any]] | None = None
+    """The rows themselves, from Python. They become part of the recipe."""
+    split: str | None = None
+    """Split of a hub data set, such as `train` (where it is not set), `test` or `train[:5%]`."""
+    subset: str | None = None
+    """Subset (configuration) of a hub data set that has several."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub data set; pin it, or the data may change between runs."""
+    format: Format | None = None
+    """What the rows are; told by their columns where it is not set. `sharegpt` rows have `conversations`, `alpaca` rows `instruction`."""
+    convert: str | None = None
+    """`module:function`, importable from the working directory, that is called with every row and returns one of a known format, or None to
+    leave the row out. It is your code, and runs."""
+    held_out: float | None = Field(None, gt=0, lt=1)
+    """Share of the rows, drawn by their content, that training leaves out; a benchmark with the same setting uses only these."""
+    limit: int | None = Field(None, gt=0)
+    """Use only this many rows: the first, or with `seed` any."""
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    """Draws the rows of `limit`, and those of `held_out`. A smaller limit takes a part of what a larger one takes."""
+    weight: float | None = Field(None, gt=0)
+    """In a mixture: this set's share of the samples, relative to the other weights; without any, each row is used once per epoch."""
+
+    @field_validator("rows", mode="before")
+    @classmethod
+    def _plain(cls, rows: Any) -> Any:
+        """A copy of any sequence of mappings (a list, a `datasets.Dataset`), in the form in which the recipe is written."""
+        if rows is None or isinstance(rows, str | dict) or not isinstance(rows, Iterable):
+            return rows
+        try:
+            return json.loads(json.dumps(list(rows)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"expected rows of texts, numbers, lists and mappings: {error}") from None
+
+    @field_validator("convert")
+    @classmethod
+    def _function(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name):
+            raise ValueError(f"found {name!r}, expected `module:function`")
+        return name
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DataSet:
+        given = [key for key in ("path", "hub", "rows") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"found {' and '.join(given) or 'none of them'}, expected one of `path`, `hub` and `rows`")
+        if self.hub is None and (foreign := [key for key in ("split", "subset", "revision") if getattr(self, key) is not None]):
+            raise ValueError(f"found `{foreign[0]}` with `{given[0]}`; only data sets of the hub (`hub: owner/name`) have it")
+        return self
+
+    @property
+    def name(self) -> str:
+        """How the set is named in reports."""
+        if self.hub is not None:
+            return ":".join(part for part in (self.hub, self.subset, self.split) if part)
+        return self.path or "rows"
+
+    def check(self) -> None:
+        """Refuse what is not there (a file, a package, a function), before any row is read."""
+        if self.path is not None:
+            self._file()
+        if self.hub is not None:
+            from limbeck.tokens.hub import require_datasets
+
+            require_datasets(self.hub)
+        if self.convert is not None:
+            _function_named(self.convert)
+
+    def read(self, held_out: bool = False) -> Chosen:
+        """The rows of one side, in their order."""
+        counts = {"rows": 0, "left_out": 0, "other_side": 0}
+        conversations = list(self._limited(self._conversations(held_out, counts)))
+        if not counts["rows"]:
+            raise DataError(f"{self.name}: found no rows, expected rows with {EXPECTED}")
+        return Chosen(self.name, conversations, counts["rows"], counts["left_out"], counts["other_side"])
+
+    def _conversations(self, held_out: bool, counts: dict[str, int]) -> Iterator[Conversation]:
+        convert = _function_named(self.convert) if self.convert is not None else None
+        for where, row in self._rows():
+            counts["rows"] += 1
+            if convert is not None:
+                row = _converted(convert, row, where, str(self.convert))
+                if row is None:
+                    counts["left_out"] += 1
+                    continue
+            conversation = conversation_of(row, where, self.format)
+            if self.held_out is not None and (_draw(conversation, "held out", self.seed) < self.held_out) != held_out:
+                counts["other_side"] += 1
+                continue
+            yield conversation
+
+    def _limited(self, conversations: Iterator[Conversation]) -> Iterable[Conversation]:
+        if self.limit is None or self.seed is None:
+            return islice(conversations, self.limit)
+        numbered = ((_draw(conversation, "limit", self.seed), number, conversation) for number, conversation in enumerate(conversations))
+        drawn = heapq.nsmallest(self.limit, numbered, key=lambda item: item[:2])
+        return [conversation for _, _, conversation in sorted(drawn, key=lambda item: item[1])]
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        if self.path is not None:
+            return rows_of(self._file())
+        if self.rows is not None:
+            return ((f"row {number}", row) for number, row in enumerate(self.rows, 1))
+        from limbeck.tokens.hub import hub_rows
+
+        assert self.hub is not None
+        rows = hub_rows(self.hub, self.subset, self.split or "train", self.revision)
+        return ((f"{self.name}: row {number}", row) for number, row in enumerate(rows, 1))
+
+    def _file(self) -> Path:
+        assert self.path is not None
+        try:
+            return resolve_data(self.path)
+        except DataError as error:
+            is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.path) and not Path(self.path).suffix
+            hint = f"; a data set of the hub is named {{hub: {self.path}}}" if is_hub_name else ""
+            raise DataError(f"{error}{hint}") from None
+
+
+def _form(value: Any) -> str | None:
+    return next((form for form, cls in (("name", str), ("set", dict | DataSet), ("list", list)) if isinstance(value, cls)), None)
+
+
+_AS_WRITTEN = Discriminator(_form, "data", "expected a file or the name of a data set, a mapping, or a list of these")
+_One = Annotated[Annotated[str, Tag("name")] | Annotated[DataSet, Tag("set")], _AS_WRITTEN]
+_List = Annotated[list[_One], Tag("list")]
+DataSets = Annotated[Annotated[str, Tag("name")] | Annotated[DataSet, Tag("set")] | _List, _AS_WRITTEN]
+"""How a field names data: a path or name, a mapping that says more, or a list of either."""
+
+
+def sets_of(data: str | DataSet | Sequence[str | DataSet]) -> list[DataSet]:
+    """`data` as data sets; a bare text is a path or name."""
+    items = [data] if isinstance(data, str | DataSet) else data
+    return [DataSet(path=item) if isinstance(item, str) else item for item in items]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The rows of a set that are used, and what became of the others."""
+
+    name: str
+    conversations: list[Conversation]
+    num_rows: int
+    """Rows that were read; with `limit` and no `seed`, reading stops there."""
+    num_left_out: int
+    """Rows for which `convert` returned None."""
+    num_other_side: int
+    """Rows of the other side of `held_out`."""
+
+    def first(self, limit: int) -> Chosen:
+        """The same with at most so many of its rows."""
+        return replace(self, conversations=self.conversations[:limit])
+
+    def describe(self) -> dict[str, Any]:
+        """Counts for reports."""
+        formats = dict(Counter(conversation.format for conversation in self.conversations))
+        counts = {"rows_read": self.num_rows, "rows_used": len(self.conversations), "formats": formats}
+        return {"name": self.name, **counts, "left_out_by_convert": self.num_left_out, "held_out": self.num_other_side}
 
 
 def read_conversations(path: Path, limit: int | None = None) -> list[Conversation]:
-    """The conversations of a JSON-lines file, or of its first `limit` rows. Blank lines are not rows."""
-    conversations = [conversation_of(row, where) for where, row in islice(_rows(path), limit)]
-    if not conversations:
-        raise DataError(f"{path}: found no rows, expected one JSON object per line with {EXPECTED}")
-    return conversations
-
-
-def conversation_of(row: Any, where: str) -> Conversation:
-    """One row as a Conversation. Keys other than `messages`, `tools`, `prompt` and `completion` are ignored; `where` opens each error."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: found {_kind(row)}, expected an object with {EXPECTED}")
-    _refuse_lone_surrogates(row, where)
-    if row.get("messages") is not None:
-        return Conversation(messages=_messages(row["messages"], where), tools=_tools(row, where), where=where)
-    if row.get("prompt") is None and row.get("completion") is None:
-        raise DataError(f"{where}: found {_list(row)}, expected {EXPECTED}{_nearest_key(row, KEYS)}")
-    for key in ("prompt", "completion"):
-        if row.get(key) is None:
-            other = [name for name in row if name not in KEYS]
-            raise DataError(f"{where}: `{key}` is missing, expected {EXPECTED}{_nearest_key(other, (key,))}")
-        if not isinstance(row[key], str):
-            hint = "; a list of messages goes under `messages`" if isinstance(row[key], list) else ""
-            raise DataError(f"{where}: {key}: found {_kind(row[key])}, expected a text{hint}")
-    return Conversation(prompt=row["prompt"], completion=row["completion"], where=where)
+    """The conversations of a file, or of its first `limit` rows."""
+    return DataSet(path=str(path), limit=limit).read().conversations
 
 
 def data_hash(samples: Iterable[Sample]) -> str:
@@ -61,144 +211,39 @@ def data_hash(samples: Iterable[Sample]) -> str:
     return digest.hexdigest()
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, value) of every line that is not blank."""
+def _draw(conversation: Conversation, purpose: str, seed: int | None) -> float:
+    """A number in [0, 1) that depends on what the row says, and neither on its place nor on other rows: its copies share its fate."""
+    digest = hashlib.sha256(f"{purpose} {seed or 0} {conversation.content}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _converted(convert: Callable[[Any], Any], row: Any, where: str, name: str) -> Any:
     try:
-        with Path(path).open("rb") as stream:
-            for number, raw in enumerate(stream, 1):
-                where = f"{path}:{number}"
-                if line := _decode(raw, where).strip():
-                    yield where, _parse(line, where)
-    except OSError as error:
-        raise DataError(f"{path}: not readable: {error.strerror or error}") from None
+        return convert(row)
+    except Exception as error:  # the user's code: whatever it raises is about this row
+        raise DataError(f"{where}: convert {name!r} raised {type(error).__name__}: {error}") from error
 
 
-def _decode(raw: bytes, where: str) -> str:
+def _function_named(name: str) -> Callable[[Any], Any]:
+    """The function that `module:function` names, looked for in the working directory first."""
+    module, _, attribute = name.partition(":")
+    here = os.getcwd()
+    sys.path.insert(0, here)
     try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: found byte 0x{raw[error.start]:02x} at column {error.start + 1}, expected UTF-8 text") from None
-
-
-def _parse(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        hint = " (JSON lines: the whole object on one line)" if line in ("{", "[") else ""
-        raise DataError(f"{where}: not readable as JSON: {error.msg} at column {error.colno}{hint}") from None
-    except RecursionError:
-        raise DataError(f"{where}: not readable as JSON: nested too deeply") from None
-
-
-def _messages(value: Any, where: str) -> tuple[dict[str, Any], ...]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: messages: found {_kind(value)}, expected a list with at least one message")
-    return tuple(_message(message, f"{where}: messages.{index}") for index, message in enumerate(value))
-
-
-def _message(value: Any, where: str) -> dict[str, Any]:
-    """A message without its null values, its tool calls' arguments as objects."""
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: found {_kind(value)}, expected an object with `role` and `content`")
-    message: dict[str, Any] = {key: item for key, item in value.items() if item is not None}
-    role = message.get("role")
-    if role is None:
-        raise DataError(f"{where}: `role` is missing, found {_list(message)}{_nearest_key(message, ('role',))}")
-    if role not in ROLES:
-        raise DataError(f"{where}.role: found {_show(role)}, expected one of: {', '.join(ROLES)}{nearest(str(role).lower(), ROLES)}")
-    if "tool_calls" in message:
-        message["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
-        if not message["tool_calls"]:
-            del message["tool_calls"]
-    if "content" not in message:
-        if role != "assistant" or "tool_calls" not in message:
-            raise DataError(f"{where}: `content` is missing, found {_list(message)}{_nearest_key(message, ('content', 'tool_calls'))}")
-    elif not isinstance(message["content"], str):
-        raise DataError(f"{where}.content: found {_kind(message['content'])}, expected a text")
-    return message
-
-
-def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls in the form that chat templates expect: `arguments` an object, where OpenAI's API gives it as JSON text."""
-    if not isinstance(value, list):
-        raise DataError(f"{where}: found {_kind(value)}, expected a list of tool calls")
-    calls = []
-    for index, call in enumerate(value):
-        place = f"{where}.{index}"
-        function = call.get("function", call) if isinstance(call, dict) else call
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError(f"{place}: found {_show(call)}, expected an object with `function`: `name` and `arguments`")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            arguments = _parse(arguments or "{}", f"{place}: arguments")
-        if not isinstance(arguments, dict):
-            raise DataError(f"{place}: arguments: found {_kind(arguments)}, expected an object, or one as JSON text")
-        function = {**function, "arguments": arguments}
-        calls.append({**call, "function": function} if "function" in call else function)
-    return calls
-
-
-def _tools(row: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
-    """The tools of a row: a list of schemas, or the same as JSON text (as data sets with one column type store it)."""
-    tools = row.get("tools")
-    if tools is None:
-        # `tools` under a slightly other name would be trained without, in silence, as any extra key is ignored
-        near = difflib.get_close_matches("tools", [key for key in row if key != "tools" and row[key]], n=1, cutoff=0.85)
-        if near:
-            raise DataError(f"{where}: unknown key {near[0]!r}; did you mean 'tools'?")
-        return ()
-    if isinstance(tools, str):
-        tools = _parse(tools, f"{where}: tools") if tools.strip() else []
-        _refuse_lone_surrogates(tools, f"{where}: tools")
-    if not isinstance(tools, list):
-        raise DataError(f"{where}: tools: found {_kind(tools)}, expected a list of tool schemas, or one as JSON text")
-    for index, tool in enumerate(tools):
-        function = tool.get("function", tool) if isinstance(tool, dict) else tool
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError(f"{where}: tools.{index}: found {_show(tool)}, expected a schema with a function `name`")
-    return tuple(tools)
-
-
-def _refuse_lone_surrogates(value: Any, where: str) -> None:
-    """JSON can write half of a character (`\\ud83d`); it has no UTF-8 form, and tokenizers fail on it."""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{where}: found a lone surrogate {value[error.start]!r} at character {error.start + 1}, expected text"
-            ) from None
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _refuse_lone_surrogates(key, where)
-            _refuse_lone_surrogates(item, f"{where}: {key}")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _refuse_lone_surrogates(item, f"{where}.{index}")
-
-
-def _nearest_key(found: Iterable[str], expected: Sequence[str]) -> str:
-    """The first expected key that an unexpected one resembles, as the tail of a message. Closer than `nearest`: any column may be there."""
-    for key in found:
-        match = difflib.get_close_matches(key.lower(), expected, n=1, cutoff=0.75)
-        if match and key not in expected:
-            return f"; did you mean {match[0]!r}?"
-    return ""
-
-
-def _list(row: dict[str, Any]) -> str:
-    return f"keys {', '.join(map(repr, row))}" if row else "no keys"
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, (list, dict)) and not value:
-        return "an empty list" if isinstance(value, list) else "an empty object"
-    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
-    return f"{names.get(type(value), type(value).__name__)} ({_show(value)})"
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        found: Any = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise DataError(f"convert {name!r}: {module} imports {error.name!r}, which is not installed") from error
+        hint = nearest(module, [file.stem for file in Path(here).glob("*.py")])
+        raise DataError(f"convert {name!r}: found no module {module!r} in {here} or among what is installed{hint}") from None
+    except Exception as error:  # the user's code, again
+        raise DataError(f"convert {name!r}: importing {module} raised {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(here)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise DataError(f"convert {name!r}: {module} has no {part!r}{nearest(part, dir(found))}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise DataError(f"convert {name!r}: found {type(found).__name__}, expected a function of a row")
+    return found  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Samples to one padded Batch. Shift and mask happen here, and nowhere else."""
+"""Rows of samples to one padded Batch. Shift and mask happen here, and nowhere else."""
 
 from __future__ import annotations
 
@@ -12,32 +12,45 @@ from limbeck.tokens.sample import Sample
 
 
 def pad(samples: Sequence[Sample], pad_id: int) -> Batch:
-    """One row per sample, padded on the right. `pad([])` is the empty microbatch: one pad token, nothing scored or represented.
+    """One row per sample, padded on the right. `pad([])` is the empty microbatch: one pad token, nothing scored or represented."""
+    return collate([[sample] for sample in samples], pad_id)
 
-    Padding is known by length and never by id, so a tokenizer whose pad token is its eos still learns eos. Positions count on over
-    the padding: it comes after every real token, so causal attention hides it, and plain 0..T-1 positions keep transformers on the
-    fast path without a mask.
+
+def collate(rows: Sequence[Sequence[Sample]], pad_id: int) -> Batch:
+    """Rows of one or more samples, one after the other and padded on the right.
+
+    Padding is known by length and never by id, so a tokenizer whose pad token is its eos still learns eos. Samples that share a row are
+    told apart by their positions, which start over at 0 with each; every padding token there is at 0, a document of its own. Where no row
+    is shared, positions count on over the padding: it comes after every real token, so causal attention hides it, and plain 0..T-1
+    positions keep transformers on the fast path without a mask.
     """
-    num_rows, width = max(len(samples), 1), max([len(sample.ids) for sample in samples], default=1)
+    num_rows, width = max(len(rows), 1), max([sum(len(sample.ids) for sample in row) for row in rows], default=1)
+    is_shared = any(len(row) > 1 for row in rows)
     input_ids = np.full((num_rows, width), pad_id, dtype=np.int64)
+    position_ids = np.tile(np.zeros(width, dtype=np.int64) if is_shared else np.arange(width), (num_rows, 1))
     document_ids = np.full((num_rows, width), -1, dtype=np.int64)
     sample_ids = np.zeros((num_rows, width), dtype=np.int64)
     offsets = np.full((num_rows, width), -1, dtype=np.int64)
     is_target = np.zeros((num_rows, width), dtype=bool)
-    for row, sample in enumerate(samples):
-        length = len(sample.ids)
-        input_ids[row, :length] = sample.ids
-        document_ids[row, :length] = row
-        sample_ids[row, :length] = sample.sample_id
-        offsets[row, :length] = np.arange(length)
-        is_target[row, :length] = sample.is_target
+    document = 0
+    for number, row in enumerate(rows):
+        start = 0
+        for sample in row:
+            place = (number, slice(start, start + len(sample.ids)))
+            input_ids[place] = sample.ids
+            position_ids[place] = offsets[place] = np.arange(len(sample.ids))
+            document_ids[place] = document
+            sample_ids[place] = sample.sample_id
+            is_target[place] = sample.is_target
+            is_target[number, start] = False  # nothing comes before a first token: in a shared row, another sample's last one does
+            document, start = document + 1, start + len(sample.ids)
     # position t is scored by token t + 1 of the same row: the first column is nobody's next token
     is_scored = np.zeros_like(is_target)
     is_scored[:, :-1] = is_target[:, 1:]
     scored = np.flatnonzero(is_scored)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
-        position_ids=torch.arange(width).repeat(num_rows, 1),
+        position_ids=torch.from_numpy(position_ids),
         document_ids=torch.from_numpy(document_ids),
         sample_ids=torch.from_numpy(sample_ids),
         offsets=torch.from_numpy(offsets),

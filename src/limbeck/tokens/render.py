@@ -1,33 +1,31 @@
-"""Conversations to token ids and target masks: what the model writes is a target, everything else is context.
+"""Conversations to samples: token ids and target masks, of at most `max_length` tokens. What the model writes is a target, everything else
+is context.
 
-A turn's target runs from where generation would start to its end-of-turn token, both found on the ids that are trained on. What a
-chat template would drop or rewrite in silence is refused here, by row and turn: it cannot be seen in a loss curve.
+Three steps, of which only the first needs the tokenizer, and is kept on disk (rendered.py): ids and mask of the whole row, then cutting
+to length, then the count of what was lost.
 """
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from limbeck.errors import DataError
-from limbeck.tokens.sample import Conversation, Sample, make_sample
+from limbeck.tokens.chat import encode, render_chat
+from limbeck.tokens.sample import Conversation, Rendered, Sample, make_sample
 
-Message = dict[str, Any]
-Span = tuple[int, int]
-
-# as transformers looks for it
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+TooLong = Literal["cut", "split", "drop"]
 
 
 @dataclass(frozen=True)
 class RenderReport:
-    """What became of a data set. `num_tokens + tokens_cut` and `num_scored + targets_cut` are the totals before truncation."""
+    """What became of a data set."""
 
     num_rows: int
     num_samples: int
-    """Rows that can be learned from: `num_rows - num_dropped`."""
+    """Rows, or pieces of rows, that are trained on."""
     num_duplicates: int
     """Samples whose ids an earlier sample has too; they are kept."""
     num_tokens: int
@@ -35,236 +33,170 @@ class RenderReport:
     share_scored: float
     """Scored tokens as a share of the tokens."""
     num_truncated: int
-    """Rows longer than `max_length`, the dropped ones among them."""
+    """Rows that were cut to `max_length`, those among them that are out."""
     num_dropped: int
-    """Rows of which truncation left no target; they are left out."""
+    """Rows without a target, or of which truncation left none; they are out."""
     tokens_cut: int
+    """Tokens that truncation took, with all of the dropped rows."""
     targets_cut: int
+    num_split: int = 0
+    """Rows longer than `max_length` that are trained on in pieces."""
+    num_too_long: int = 0
+    """Rows left out as longer than `max_length`."""
+    num_too_short: int = 0
+    """Rows left out as shorter than `min_length`."""
+    formats: dict[str, int] = field(default_factory=dict)
+    """Rows by the format in which they were written."""
 
 
-def render_all(conversations: Iterable[Conversation], tokenizer: Any, max_length: int) -> tuple[list[Sample], RenderReport]:
-    """The samples of a data set, in order, and what truncation took from it; DataError where nothing is left to learn."""
-    rendered = [render(conversation, tokenizer, max_length) for conversation in conversations]
-    samples = [sample for sample in rendered if sample.num_scored]
-    if not samples:
-        longest = f"; the longest has {max(sample.num_total for sample in rendered)} tokens" if rendered else ""
-        raise DataError(f"no token to learn in any of {len(rendered)} rows at max_length {max_length}, expected at least one{longest}")
-    num_tokens = sum(len(sample.ids) for sample in samples)
-    num_scored = sum(sample.num_scored for sample in samples)
-    report = RenderReport(
-        num_rows=len(rendered),
-        num_samples=len(samples),
-        num_duplicates=len(samples) - len({sample.sample_id for sample in samples}),
-        num_tokens=num_tokens,
-        num_scored=num_scored,
-        share_scored=num_scored / num_tokens,
-        num_truncated=sum(sample.num_total > len(sample.ids) for sample in rendered),
-        num_dropped=len(rendered) - len(samples),
-        tokens_cut=sum(sample.num_total for sample in rendered) - num_tokens,
-        targets_cut=sum(sample.num_targets_total for sample in rendered) - num_scored,
-    )
-    return samples, report
+@dataclass(frozen=True)
+class Limits:
+    """How long a sample may be, and what becomes of a row that is longer."""
+
+    max_length: int
+    min_length: int = 0
+    too_long: TooLong | None = None
+
+    def policy(self, conversation: Conversation) -> TooLong:
+        """A cut conversation has lost its end; the middle of one has lost what it answers. Of a plain text every part is worth as much."""
+        return self.too_long or ("split" if conversation.text is not None else "cut")
 
 
 def render(conversation: Conversation, tokenizer: Any, max_length: int) -> Sample:
     """One conversation as ids and target mask, cut to `max_length` tokens."""
+    rendered = render_whole(conversation, tokenizer)
+    return make_sample(rendered.ids, rendered.is_target, max_length)
+
+
+def render_all(
+    conversations: Iterable[Conversation], tokenizer: Any, max_length: int, min_length: int = 0, too_long: TooLong | None = None
+) -> tuple[list[Sample], RenderReport]:
+    """The samples of a data set, in order, and what truncation took from it; DataError where nothing is left to learn."""
+    ((samples,), report) = render_sets([list(conversations)], tokenizer, Limits(max_length, min_length, too_long))
+    return samples, report
+
+
+def render_sets(sets: Sequence[Sequence[Conversation]], tokenizer: Any, limits: Limits) -> tuple[list[list[Sample]], RenderReport]:
+    """The samples of several data sets, each in its order, and one report on all of them."""
+    from limbeck.tokens.rendered import render_rows
+
+    samples: list[list[Sample]] = []
+    counts: Counter[str] = Counter()
+    formats: Counter[str] = Counter()
+    longest = 0
+    for conversations in sets:
+        samples.append([])
+        for conversation, row in zip(conversations, render_rows(conversations, tokenizer), strict=True):
+            longest = max(longest, len(row.ids))
+            formats[conversation.format] += 1
+            samples[-1] += _samples(row, limits, limits.policy(conversation), tokenizer, counts)
+    everything = [sample for part in samples for sample in part]
+    num_rows = sum(map(len, sets))
+    if not everything:
+        found = f"; the longest has {longest} tokens" if num_rows else ""
+        raise DataError(f"no token to learn in any of {num_rows} rows at max_length {limits.max_length}, expected at least one{found}")
+    num_tokens, num_scored = sum(len(sample.ids) for sample in everything), sum(sample.num_scored for sample in everything)
+    return samples, RenderReport(
+        num_rows=num_rows,
+        num_samples=len(everything),
+        num_duplicates=len(everything) - len({sample.sample_id for sample in everything}),
+        num_tokens=num_tokens,
+        num_scored=num_scored,
+        share_scored=num_scored / num_tokens,
+        formats={name: count for name, count in formats.items() if name},
+        **{key: counts[key] for key in _COUNTED},
+    )
+
+
+_COUNTED = ("num_truncated", "num_dropped", "tokens_cut", "targets_cut", "num_split", "num_too_long", "num_too_short")
+
+
+def _samples(row: Rendered, limits: Limits, policy: TooLong, tokenizer: Any, counts: Counter[str]) -> list[Sample]:
+    """What is trained on of a row; whatever is not goes into `counts`."""
+    length, targets = len(row.ids), int(row.is_target[1:].sum())
+    if length < limits.min_length:
+        counts["num_too_short"] += 1
+        return []
+    if length > limits.max_length and policy == "drop":
+        counts["num_too_long"] += 1
+        return []
+    if length > limits.max_length and policy == "split":
+        counts["num_split"] += 1
+        samples = _pieces(row, limits.max_length, start_ids(tokenizer))
+    else:
+        counts["num_truncated"] += int(length > limits.max_length)
+        samples = [make_sample(row.ids, row.is_target, limits.max_length)]
+        counts["targets_cut"] += targets - samples[0].num_scored
+        counts["tokens_cut"] += length - len(samples[0].ids)
+    kept = [sample for sample in samples if sample.num_scored]
+    if not kept:
+        counts["num_dropped"] += 1
+    counts["tokens_cut"] += sum(len(sample.ids) for sample in samples if not sample.num_scored)
+    return kept
+
+
+def _pieces(row: Rendered, max_length: int, start: Sequence[int]) -> list[Sample]:
+    """A row as samples of up to `max_length` tokens, each target in one of them.
+
+    A piece opens with one token of context, as it would alone: what the tokenizer puts before a text, or else the last token of the piece
+    before it.
+    """
+    length, prefix = len(row.ids), len(start)
+    has_start = 0 < prefix < max_length and row.ids[:prefix].tolist() == list(start)
+    stride = max_length - (prefix if has_start else 1)
+    pieces = []
+    for first in range(prefix if has_start else 0, length - (not has_start), stride):
+        if has_start:
+            ids = [*start, *row.ids[first : first + stride].tolist()]
+            is_target = [*row.is_target[:prefix].tolist(), *row.is_target[first : first + stride].tolist()]
+        else:
+            ids = row.ids[first : first + max_length].tolist()
+            is_target = row.is_target[first : first + max_length].tolist()
+        pieces.append(make_sample(ids, is_target, max_length))
+    return pieces
+
+
+def render_whole(conversation: Conversation, tokenizer: Any) -> Rendered:
+    """All ids of a conversation, and which of them are targets."""
     if conversation.messages:
-        ids, is_target = _render_chat(conversation, tokenizer)
+        ids, is_target = render_chat(conversation, tokenizer)
+    elif conversation.text is not None:
+        ids, is_target = _render_text(conversation, tokenizer)
     else:
         ids, is_target = _render_completion(conversation, tokenizer)
-    return make_sample(ids, is_target, max_length)
+    return Rendered.of(ids, is_target)
+
+
+def _render_text(conversation: Conversation, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Every token of a plain text is a target except the first, which nothing precedes; its end is one too."""
+    ids = _ended(_started(encode(tokenizer, str(conversation.text)), tokenizer), conversation, tokenizer)
+    first = max(len(start_ids(tokenizer)), 1)
+    return ids, [position >= first for position in range(len(ids))]
 
 
 def _render_completion(conversation: Conversation, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """Prompt and completion are tokenised apart, as they are when a model answers; whatever the tokenizer puts before a text stays."""
     if conversation.prompt is None or conversation.completion is None:
-        raise DataError(f"{conversation.where}: found no messages, expected `messages`, or `prompt` and `completion`")
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"{conversation.where}: the tokenizer has no eos token, expected one to end the completion with")
-    start = _start_ids(tokenizer)
-    prompt = _encode(tokenizer, conversation.prompt)
-    if prompt[: len(start)] != start:
-        prompt = start + prompt
-    completion = _encode(tokenizer, conversation.completion)
-    if completion[-1:] != [tokenizer.eos_token_id]:
-        completion.append(tokenizer.eos_token_id)
+        raise DataError(f"{conversation.where}: found no messages, expected `messages`, `prompt` and `completion`, or `text`")
+    prompt = _started(encode(tokenizer, conversation.prompt), tokenizer)
+    completion = _ended(encode(tokenizer, conversation.completion), conversation, tokenizer)
     return prompt + completion, [False] * len(prompt) + [True] * len(completion)
 
 
-def _start_ids(tokenizer: Any) -> list[int]:
+def _started(ids: list[int], tokenizer: Any) -> list[int]:
+    start = start_ids(tokenizer)
+    return ids if ids[: len(start)] == start else start + ids
+
+
+def _ended(ids: list[int], conversation: Conversation, tokenizer: Any) -> list[int]:
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{conversation.where}: the tokenizer has no eos token, expected one to end the text with")
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+
+
+def start_ids(tokenizer: Any) -> list[int]:
     """The special tokens that a tokenizer puts before a text; those it puts after one (eos) would stand between prompt and completion."""
-    bare = _encode(tokenizer, "a")
+    bare = encode(tokenizer, "a")
     full = list(tokenizer("a")["input_ids"])
     starts = (start for start in range(len(full)) if full[start : start + len(bare)] == bare)
     return full[: next(starts, 0)]
-
-
-def _render_chat(conversation: Conversation, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    chat = _Chat(conversation, tokenizer)
-    if not any(message["role"] == "assistant" for message in chat.messages):
-        raise DataError(f"{chat.where}: found no message of role 'assistant', expected at least one to learn from")
-    text = chat.text(chat.messages)
-    _refuse_dropped(chat, text)
-    ids = _encode(tokenizer, text)
-    spans = _marked_spans(chat, text, ids) if _GENERATION.search(chat.template) else _prefix_spans(chat, text, ids)
-    is_target = [False] * len(ids)
-    for start, end in spans:
-        end = _end_of_turn(ids, start, end, tokenizer)
-        is_target[start:end] = [True] * (end - start)
-    return ids, is_target
-
-
-class _Chat:
-    """A conversation with the tokenizer's chat template."""
-
-    def __init__(self, conversation: Conversation, tokenizer: Any) -> None:
-        self.where, self.tokenizer, self.tools = conversation.where, tokenizer, list(conversation.tools) or None
-        # a null is an absent key to apply_chat_template, and here wherever a message is looked at
-        self.messages = [{key: value for key, value in message.items() if value is not None} for message in conversation.messages]
-        if not tokenizer.chat_template:
-            raise DataError(
-                f"{self.where}: the tokenizer has no chat template, which `messages` need; "
-                "expected rows of `prompt` and `completion`, or the tokenizer of an instruct model"
-            )
-        self.template = str(self._run(lambda: tokenizer.get_chat_template(tools=self.tools)))
-
-    def text(self, messages: Sequence[Message], tools: bool = True, generation_prompt: bool = False) -> str:
-        """What the template makes of some messages."""
-        apply = self.tokenizer.apply_chat_template
-        kwargs = {"tools": self.tools if tools else None, "add_generation_prompt": generation_prompt, "tokenize": False}
-        return str(self._run(lambda: apply(list(messages), **kwargs)))
-
-    def generation_spans(self) -> list[Span]:
-        """The characters of the text that the template's `{% generation %}` blocks write."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        settings = {"tools": self.tools, "chat_template": self.template, "return_assistant_tokens_mask": True}
-        settings |= self.tokenizer.special_tokens_map
-        _, spans = self._run(lambda: render_jinja_template([list(self.messages)], **settings))
-        return list(spans[0])
-
-    def _run(self, call: Any) -> Any:
-        try:
-            return call()
-        except Exception as error:  # a template is a foreign program: whatever it raises is about this row
-            raise DataError(f"{self.where}: the chat template refuses the conversation: {error or type(error).__name__}") from error
-
-
-def _marked_spans(chat: _Chat, text: str, ids: list[int]) -> list[Span]:
-    """The tokens in the template's `{% generation %}` blocks, each with the eos that follows it.
-
-    Not by `return_assistant_tokens_mask`: transformers 5.23 looks up a block's first and last character only, and where a tokenizer
-    trims spaces off its offsets (Llama 3) it then leaves out this turn and all later ones, or scores everything that follows.
-    """
-    encoding = chat.tokenizer(text, add_special_tokens=False, verbose=False)
-    spans = []
-    for first, last in chat.generation_spans():
-        covering = [token for char in range(first, last) if (token := encoding.char_to_token(char)) is not None]
-        if not covering:
-            continue
-        # a boundary inside a token belongs to the block
-        start, end = _length_if_prefix(chat, text[:first], ids), _length_if_prefix(chat, text[:last], ids)
-        start, end = covering[0] if start is None else start, covering[-1] + 1 if end is None else end
-        # markers that leave the eos out would teach a student never to stop
-        leaves_out_eos = end < len(ids) and ids[end] == chat.tokenizer.eos_token_id != ids[end - 1]
-        spans.append((start, end + leaves_out_eos))
-    if not spans:
-        raise DataError(f"{chat.where}: the chat template's {{% generation %}} blocks cover no token, expected the assistant's turns")
-    return spans
-
-
-def _prefix_spans(chat: _Chat, text: str, ids: list[int]) -> list[Span]:
-    """The span of each assistant turn: from the ids of everything before it, with the generation prompt, to the ids up to its end."""
-    spans = []
-    for turn, message in enumerate(chat.messages):
-        if message["role"] != "assistant":
-            continue
-        if turn == 0:
-            raise DataError(
-                f"{chat.where}: turn 0 (assistant) opens the conversation, and the chat template cannot say where it starts; "
-                "expected a user or system message before it, or a template with {% generation %} markers"
-            )
-        before = chat.text(chat.messages[:turn], generation_prompt=True)
-        after = text if turn == len(chat.messages) - 1 else chat.text(chat.messages[: turn + 1])
-        start, end = (_prefix_length(chat, part, text, ids, turn, name) for part, name in ((before, "start"), (after, "end")))
-        if end <= start:
-            raise DataError(f"{chat.where}: turn {turn} (assistant) has no token after the chat template's generation prompt")
-        spans.append((start, end))
-    return spans
-
-
-def _prefix_length(chat: _Chat, part: str, text: str, ids: list[int], turn: int, name: str) -> int:
-    """The number of ids in `part`, which must be how `ids` begin."""
-    length = _length_if_prefix(chat, part, ids)
-    if length is not None:
-        return length
-    if text.startswith(part):
-        reason = f"the tokens at its {name} merge with their neighbours (white space at the {name} of its content does that: strip it)"
-    else:
-        at = next((i for i, (a, b) in enumerate(zip(part, text, strict=False)) if a != b), min(len(part), len(text)))
-        reason = (
-            f"the chat template renders the conversation up to its {name} otherwise when more follows "
-            f"({_excerpt(part, at)} becomes {_excerpt(text, at)}); what is trained on would not be what the model sees when it answers"
-        )
-    raise DataError(f"{chat.where}: turn {turn} (assistant) cannot be told from its context: {reason}")
-
-
-def _length_if_prefix(chat: _Chat, part: str, ids: list[int]) -> int | None:
-    part_ids = _encode(chat.tokenizer, part)
-    return len(part_ids) if ids[: len(part_ids)] == part_ids else None
-
-
-def _end_of_turn(ids: list[int], start: int, end: int, tokenizer: Any) -> int:
-    """Where the targets of a turn end: at its end-of-turn token, without the white space that the template puts after it."""
-    last = end - 1
-    while last > start and not tokenizer.decode([ids[last]]).strip():
-        last -= 1
-    is_special = not tokenizer.decode([ids[last]], skip_special_tokens=True)
-    return last + 1 if is_special else end
-
-
-def _refuse_dropped(chat: _Chat, text: str) -> None:
-    """DataError where the template leaves out tools, a message's content, or a tool call.
-
-    Every content, function name and argument list is swapped for a probe word of its own: one that does not come out at the other
-    end was dropped. (A search for the contents themselves would find a dropped call's name in the list of tools.)
-    """
-    if chat.tools and chat.text(chat.messages, tools=False) == text:
-        raise DataError(
-            f"{chat.where}: tools are given, but the tokenizer's chat template ignores them; expected a template with tool support"
-        )
-    probes: dict[str, str] = {}
-
-    def probe(what: str) -> str:
-        word = f"xprobe{len(probes)}x"
-        probes[word] = what
-        return word
-
-    probed = chat.text([_probed(message, f"messages.{turn} ({message['role']})", probe) for turn, message in enumerate(chat.messages)])
-    dropped = [what for word, what in probes.items() if word not in probed]
-    if dropped:
-        raise DataError(f"{chat.where}: the tokenizer's chat template leaves out {', '.join(dropped)}; expected a template that renders it")
-
-
-def _probed(message: Message, name: str, probe: Any) -> Message:
-    changed = dict(message)
-    if isinstance(message.get("content"), str) and message["content"].strip():
-        changed["content"] = probe(f"the content of {name}")
-    calls = []
-    for call in message.get("tool_calls") or ():
-        function = dict(call.get("function", call))
-        function["name"] = probe(f"the tool call {function['name']!r} of {name}")
-        if isinstance(function.get("arguments"), dict):
-            function["arguments"] = {**function["arguments"], "probe": probe(f"the arguments of a tool call of {name}")}
-        calls.append({**call, "function": function} if "function" in call else function)
-    if calls:
-        changed["tool_calls"] = calls
-    return changed
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _excerpt(text: str, at: int) -> str:
-    return repr(text[max(at - 20, 0) : at + 20])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +13,37 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row of a data set: `messages` (with optional `tools`), or a `prompt` and its `completion`. `where` names it in errors."""
+    """One row of a data set: `messages` (with optional `tools`), a `prompt` and its `completion`, or a plain `text`.
+
+    Nothing is learned from the first `num_context` messages. `where` names the row in errors, `format` is what it was read from.
+    """
 
     messages: tuple[dict[str, Any], ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     prompt: str | None = None
     completion: str | None = None
+    text: str | None = None
+    num_context: int = 0
     where: str = "conversation"
+    format: str = ""
+
+    @property
+    def content(self) -> str:
+        """All that its rendering depends on, keys in their order: templates write them in it."""
+        parts = [self.messages, self.tools, self.prompt, self.completion, self.text, self.num_context]
+        return json.dumps(parts, ensure_ascii=False, default=str)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A whole row in tokens, before anything is cut."""
+
+    ids: np.ndarray
+    is_target: np.ndarray
+
+    @classmethod
+    def of(cls, ids: Sequence[int], is_target: Sequence[bool]) -> Rendered:
+        return cls(np.asarray(ids, dtype=np.int64), np.asarray(is_target, dtype=bool))
 
 
 @dataclass(frozen=True)
@@ -41,13 +66,13 @@ class Sample:
         return int(self.is_target[1:].sum())
 
 
-def sample_id_of(ids: Sequence[int]) -> int:
+def sample_id_of(ids: Sequence[int] | np.ndarray) -> int:
     """A signed 64-bit id from the SHA-256 of the ids; the same on every machine."""
     digest = hashlib.sha256(np.asarray(ids, dtype="<i8").tobytes()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def make_sample(ids: Sequence[int], is_target: Sequence[bool], max_length: int) -> Sample:
+def make_sample(ids: Sequence[int] | np.ndarray, is_target: Sequence[bool] | np.ndarray, max_length: int) -> Sample:
     """A Sample cut to `max_length` tokens that remembers how long it was."""
     mask = np.asarray(is_target, dtype=bool)
     mask = mask.copy()
