@@ -52,16 +52,29 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class TopK:
+    """The teacher's most probable tokens at scored positions, at temperature 1, and what is left.
+
+    `log_tails[T]` is the log of the mass outside of the k ids at temperature T; 1 is there, and other temperatures are refused.
+    """
+
+    ids: Int[Tensor, "n k"]
+    log_probs: Float[Tensor, "n k"]
+    log_tails: Mapping[float, Float[Tensor, " n"]]
+
+
+@dataclass(frozen=True)
 class Signal:
     """What the teacher says about a Batch.
 
     `output` with `teacher_head` is the dense support: the head maps rows of `output` to logits over the shared vocabulary, so
-    logits exist only for a chunk at a time; it returns a new tensor, which its caller may overwrite. `hidden[l]` is the residual
-    stream after block `l` (counted from 0, before the final norm). `observed` is the teacher's own log-probability of each target,
-    for the log.
+    logits exist only for a chunk at a time; it returns a new tensor, which its caller may overwrite. `top` is the sparse
+    support. `hidden[l]` is the residual stream after block `l` (counted from 0, before the final norm). `observed` is the teacher's
+    own log-probability of each target, for the log.
     """
 
     output: Float[Tensor, "n e"] | None = None
     teacher_head: TeacherHead | None = None
+    top: TopK | None = None
     hidden: Mapping[int, Float[Tensor, "r e"]] = field(default_factory=dict)
     observed: Float[Tensor, " n"] | None = None

@@ -41,6 +41,7 @@ class SchemaOf(StrEnum):
 
 @app.command()
 def demo(
+    overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="Directory of the demo's runs and report.")] = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(min=1, help="Seeds per arm; 5 is the long form.")] = 1,
     as_json: Json = False,
@@ -48,7 +49,7 @@ def demo(
     """SFT, logit and hidden-state distillation of SmolLM2-135M into its pruned half, compared in a report."""
     from limbeck.demo import demo as run_demo
 
-    _finish(run_demo(out, seeds=seeds), as_json)
+    _finish(run_demo(out, seeds=seeds, overrides=overrides or []), as_json)
 
 
 @app.command()

@@ -71,13 +71,13 @@ def _compare(hidden: Tensor, student_head: Head, signal: Signal, targets: Tensor
     import torch
 
     from limbeck.objectives.divergences import forward_kl
-    from limbeck.objectives.support import Dense
+    from limbeck.objectives.support import Dense, DenseTarget
 
     assert signal.output is not None and signal.teacher_head is not None
     parts = [hidden.new_zeros(6, 0, dtype=torch.float32)]
     for rows in torch.arange(targets.numel(), device=targets.device).split(ROWS_PER_CHUNK):
-        teacher = Dense(signal.teacher_head(signal.output[rows]), in_place=True).log_probs()
-        student = Dense(student_head(hidden[rows]), in_place=True).log_probs()
+        teacher = DenseTarget(signal.teacher_head(signal.output[rows])).log_probs()
+        student = Dense(student_head(hidden[rows])).log_probs()
         wanted = targets[rows, None]
         confidence, choice = student.max(-1)
         columns = [

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Generator, Tensor, nn
 
-    from limbeck.objectives.support import Dense
+    from limbeck.objectives.support import Dense, Gradient, Target
 
 Count = Literal["scored", "represented"]
 LayerPairs = tuple[tuple[int, int], ...]
@@ -57,18 +57,17 @@ class OutputTerm(Term):
     """A term over the output distribution, evaluated a chunk of scored tokens at a time inside the fused head."""
 
     count: ClassVar[Count] = "scored"
-    has_closed_form: ClassVar[bool] = False
-    """Whether `closed_form` is there; without it the head uses autograd inside the chunk."""
 
-    def values(self, student: Dense, teacher: Dense | None, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def values(self, student: Dense, teacher: Target | None, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """The loss of each token, in nats."""
         raise NotImplementedError
 
     def closed_form(
-        self, grad: Float[Tensor, "n v"], scale: float, student: Dense, teacher: Dense | None, targets: Int[Tensor, " n"]
-    ) -> Float[Tensor, " n"]:
-        """Add `scale` times d(sum of values)/d(student logits) to `grad` in place, and return the values."""
-        raise NotImplementedError
+        self, grad: Gradient, scale: float, student: Dense, teacher: Target | None, targets: Int[Tensor, " n"]
+    ) -> Float[Tensor, " n"] | None:
+        """Add `scale` times d(sum of values)/d(student logits) to `grad` and return the values; or touch nothing and return None,
+        and the head uses autograd inside the chunk."""
+        return None
 
 
 class HiddenTerm(Term):

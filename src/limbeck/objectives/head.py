@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from limbeck.batch import Signal
+from limbeck.batch import Signal, TeacherHead
 from limbeck.errors import ModelError
 from limbeck.objectives.base import OutputTerm
-from limbeck.objectives.support import Dense
+from limbeck.objectives.support import Dense, DenseTarget, Gradient, Target, TopKTarget
 
 OutputTerms = Mapping[str, OutputTerm]
-LIVE_BUFFERS = 5
-"""Tensors of a chunk's [n, V] that are alive at once (student and teacher log-probabilities and probabilities, and the gradient)."""
+LIVE_BUFFERS = 3
+"""Tensors `[n, V]` of a chunk that are alive at once with closed forms: student's log-probabilities (which become the gradient), teacher's
+log-probabilities, and the logits of one after the other (which become the teacher's probabilities)."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,17 @@ class Head:
     scale: float = 1.0
     soft_cap: float | None = None
 
-    def __call__(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
-        bias = None if self.bias is None else self.bias.to(rows.dtype)
-        logits = torch.nn.functional.linear(rows, self.weight.to(rows.dtype), bias).float()
+    def __call__(self, rows: Float[Tensor, "n d"], out: Float[Tensor, "n v"] | None = None) -> Float[Tensor, "n v"]:
+        """Logits in float32; in `out` where that can be (rows in float32, no gradient), else in a new tensor."""
+        weight, bias = self.weight.to(rows.dtype), None if self.bias is None else self.bias.to(rows.dtype)
+        if out is None or rows.dtype != torch.float32:
+            logits = torch.nn.functional.linear(rows, weight, bias).float()
+        elif bias is None:
+            logits = torch.mm(rows, weight.T, out=out)
+        else:
+            logits = torch.addmm(bias, rows, weight.T, out=out)
         if self.scale != 1.0:
-            logits = logits * self.scale
+            logits = logits * self.scale if out is None else logits.mul_(self.scale)
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
     def slope(self, logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"] | float:
@@ -51,6 +59,8 @@ class Head:
             raise ModelError(
                 f"found an output head of {self.weight.shape[0]} rows, expected one for each of the tokenizer's {num_tokens} tokens"
             )
+        if num_tokens == self.weight.shape[0]:
+            return self  # the gradient of a slice, even of a whole one, is a copy
         return Head(self.weight[:num_tokens], None if self.bias is None else self.bias[:num_tokens], self.scale, self.soft_cap)
 
 
@@ -79,11 +89,11 @@ def plain(
     hidden: Float[Tensor, "n d"], head: Head, targets: Int[Tensor, " n"], signal: Signal, terms: OutputTerms, scales: Mapping[str, float]
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """The same by autograd, with the logits of all rows alive: the reference for `fused`, and for new terms."""
-    student, teacher = Dense(head(hidden)), _teacher(signal, slice(None))
+    student, teacher = Dense(head(hidden)), _target(signal, slice(None))
     values = {key: term.values(student, teacher, targets) for key, term in terms.items()}
     loss = sum((value.sum() * scales[key] for key, value in values.items()), hidden.sum() * 0.0)
     sums = {key: value.detach().sum() for key, value in values.items()}
-    if teacher is not None:
+    if isinstance(teacher, DenseTarget):
         sums["teacher_nll"] = _nll(teacher, targets)
     return loss, sums
 
@@ -92,14 +102,36 @@ def _sum_keys(terms: OutputTerms, signal: Signal) -> list[str]:
     return [*terms, *(["teacher_nll"] if signal.output is not None else [])]
 
 
-def _teacher(signal: Signal, rows: Tensor | slice) -> Dense | None:
+class _Buffers:
+    """Memory `[rows, V]` for a chunk's logits and softmaxes, taken once and used by every chunk."""
+
+    def __init__(self, rows: int, vocabulary: int, like: Tensor, count: int = LIVE_BUFFERS) -> None:
+        self._memory = [torch.empty(rows, vocabulary, dtype=torch.float32, device=like.device) for _ in range(count)]
+
+    def __call__(self, number: int, rows: int) -> Tensor:
+        return self._memory[number][:rows]
+
+
+def _target(signal: Signal, rows: slice, buffers: _Buffers | None = None) -> Target | None:
+    """The teacher of some rows on the support that the signal has."""
+    if signal.top is not None:
+        top = signal.top
+        return TopKTarget(top.ids[rows], top.log_probs[rows], {temperature: tail[rows] for temperature, tail in top.log_tails.items()})
     if signal.output is None or signal.teacher_head is None:
         return None
+    output = signal.output[rows]
     with torch.no_grad():
-        return Dense(signal.teacher_head(signal.output[rows]), in_place=True)
+        if buffers is None:
+            return DenseTarget(signal.teacher_head(output))
+        logits = _logits(signal.teacher_head, output, buffers(0, len(output)))
+        return DenseTarget(logits, out=buffers(2, len(output)), spare=buffers(0, len(output)))
 
 
-def _nll(teacher: Dense, targets: Tensor) -> Tensor:
+def _logits(head: TeacherHead, rows: Tensor, out: Tensor) -> Tensor:
+    return head(rows, out) if isinstance(head, Head) else head(rows)
+
+
+def _nll(teacher: DenseTarget, targets: Tensor) -> Tensor:
     """Sum of the teacher's negative log-likelihood of the targets: its own fit of the data, logged beside the losses."""
     return -teacher.log_probs().gather(-1, targets[:, None]).sum()
 
@@ -130,11 +162,12 @@ class _FusedHead(torch.autograd.Function):
         keys = _sum_keys(terms, signal)
         sums = torch.zeros(len(keys), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in torch.arange(hidden.shape[0], device=hidden.device).tensor_split(chunks):
+            buffers = _Buffers(-(-hidden.shape[0] // chunks), weight.shape[0], hidden)
+            for rows in torch.arange(hidden.shape[0]).tensor_split(chunks):
                 if not rows.numel():
                     continue
                 chunk = slice(int(rows[0]), int(rows[-1]) + 1)
-                grad, chunk_sums = _chunk(head, hidden[chunk], targets[chunk], _teacher(signal, chunk), terms, scales, wants_any)
+                grad, chunk_sums = _chunk(head, hidden[chunk], targets[chunk], signal, chunk, terms, scales, wants_any, buffers)
                 sums += chunk_sums
                 if grad is None:
                     continue
@@ -145,16 +178,22 @@ class _FusedHead(torch.autograd.Function):
                     _add_matmul(grad_weight, grad.T, hidden[chunk])
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.ready = (grad_hidden, grad_weight, grad_bias)
         scale_of = torch.tensor([scales.get(key, 0.0) for key in keys], device=hidden.device)
         ctx.mark_non_differentiable(sums)
         return (sums * scale_of).sum(), sums
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        factor = upstream[0]
-        ready = [None if grad is None else grad * factor.to(grad.dtype) for grad in ctx.saved_tensors]
-        return (*ready, None, None, None, None, None, None)
+        ready, ctx.ready = ctx.ready, None
+        if ready is None:
+            raise RuntimeError(
+                "the fused head gives its gradient away, so backward can run through it once; use the plain head to run it again"
+            )
+        # in place: a copy would double the largest gradient of the step
+        scaled = [None if grad is None else grad.mul_(upstream[0].to(grad.dtype)) for grad in ready]
+        return (*scaled, None, None, None, None, None, None)
 
 
 def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -166,30 +205,42 @@ def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _chunk(
-    head: Head, rows: Tensor, targets: Tensor, teacher: Dense | None, terms: OutputTerms, scales: Mapping[str, float], wants_grad: bool
+    head: Head,
+    rows: Tensor,
+    targets: Tensor,
+    signal: Signal,
+    chunk: slice,
+    terms: OutputTerms,
+    scales: Mapping[str, float],
+    wants_grad: bool,
+    buffers: _Buffers,
 ) -> tuple[Tensor | None, Tensor]:
     """Gradient of the scaled loss w.r.t. the head's linear output (None where not wanted), and the sums of `_sum_keys`."""
-    logits = head(rows)
-    slope = head.slope(logits) if wants_grad else 1.0
+    logits = head(rows, buffers(0, len(rows)))
+    slope = head.slope(logits) if wants_grad and head.soft_cap is not None else head.scale
+    student = Dense(logits, out=buffers(1, len(rows)))
+    teacher = _target(signal, chunk, buffers)  # from here on the memory of the student's logits is the teacher's
     sums: dict[str, Tensor] = {}
-    grad = torch.zeros_like(logits) if wants_grad else None
-    by_autograd = {key: term for key, term in terms.items() if grad is None or not term.has_closed_form}
-    if by_autograd:
+    collected = Gradient()
+    if wants_grad:
+        forms = {key: term.closed_form(collected, scales[key], student, teacher, targets) for key, term in terms.items()}
+        sums.update({key: values.sum() for key, values in forms.items() if values is not None})
+    rest = {key: term for key, term in terms.items() if key not in sums}
+    by_autograd = None
+    if rest:
         with torch.set_grad_enabled(wants_grad):
-            leaf = logits.detach().requires_grad_(wants_grad)
-            student = Dense(leaf)
-            values = {key: term.values(student, teacher, targets).sum() for key, term in by_autograd.items()}
+            leaf = student.logits.detach().requires_grad_(wants_grad)  # shifted by its log-normaliser: no softmax sees that
+            values = {key: term.values(Dense(leaf), teacher, targets).sum() for key, term in rest.items()}
             sums.update({key: value.detach() for key, value in values.items()})
-            if grad is not None:
-                (grad,) = torch.autograd.grad(torch.stack([value * scales[key] for key, value in values.items()]).sum(), leaf)
-    if grad is not None and len(by_autograd) < len(terms):
-        student = Dense(logits, in_place=True)
-        for key, term in terms.items():
-            if key not in by_autograd:
-                sums[key] = term.closed_form(grad, scales[key], student, teacher, targets).sum()
-    if teacher is not None:
+            if wants_grad:
+                (by_autograd,) = torch.autograd.grad(torch.stack([value * scales[key] for key, value in values.items()]).sum(), leaf)
+    if isinstance(teacher, DenseTarget):
         sums["teacher_nll"] = _nll(teacher, targets)
-    if grad is not None and not (isinstance(slope, float) and slope == 1.0):
-        grad = grad.mul_(slope)
-    order = [*terms, *(["teacher_nll"] if teacher is not None else [])]
-    return grad, torch.stack([sums[key] for key in order])
+    order = torch.stack([sums[key] for key in _sum_keys(terms, signal)])
+    if not wants_grad:
+        return None, order
+    if by_autograd is None:
+        grad = collected.make(student)
+    else:
+        grad = by_autograd if len(rest) == len(terms) else collected.make(student).add_(by_autograd)
+    return (grad if isinstance(slope, float) and slope == 1.0 else grad.mul_(slope)), order

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
-from limbeck.errors import nearest
+from limbeck.errors import RecipeError, nearest
 from limbeck.objectives.base import Needs, OutputTerm
 from limbeck.objectives.divergences import DIVERGENCES, Divergence
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from limbeck.objectives.support import Dense
+    from limbeck.objectives.support import Dense, Gradient, Target
 
 
 class Logits(OutputTerm):
@@ -41,21 +41,28 @@ class Logits(OutputTerm):
     def _factor(self) -> float:
         return self.temperature**2 if self._divergence.t_squared else 1.0
 
-    @property
-    def has_closed_form(self) -> bool:  # type: ignore[override]
-        """Whether the divergence has a closed form."""
-        return self._divergence.closed_form is not None
-
     def needs(self, student_layers: int, teacher_layers: int) -> Needs:
         return Needs(output=True)
 
-    def values(self, student: Dense, teacher: Dense | None, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        assert teacher is not None
-        return self._factor * self._divergence.values(teacher.log_probs(self.temperature), student.log_probs(self.temperature))
+    def values(self, student: Dense, teacher: Target | None, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        teacher = self._supported(teacher)
+        return self._factor * self._divergence.values(teacher.log_probs(self.temperature), teacher.project(student, self.temperature))
 
     def closed_form(
-        self, grad: Float[Tensor, "n v"], scale: float, student: Dense, teacher: Dense | None, targets: Int[Tensor, " n"]
-    ) -> Float[Tensor, " n"]:
-        assert teacher is not None and self._divergence.closed_form is not None
+        self, grad: Gradient, scale: float, student: Dense, teacher: Target | None, targets: Int[Tensor, " n"]
+    ) -> Float[Tensor, " n"] | None:
+        teacher = self._supported(teacher)
+        form = self._divergence.closed_forms.get(teacher.kind)
+        if form is None:
+            return None
         factor = self._factor  # and d/dz = (1/T) d/d(z/T)
-        return factor * self._divergence.closed_form(grad, scale * factor / self.temperature, student, teacher, self.temperature)
+        return factor * form(grad, scale * factor / self.temperature, student, teacher, self.temperature)
+
+    def _supported(self, teacher: Target | None) -> Target:
+        found = "no output" if teacher is None else teacher.kind
+        if teacher is None or teacher.kind not in self._divergence.supports:
+            raise RecipeError(
+                f"objective.logits: {self.divergence} is defined on {' and '.join(sorted(self._divergence.supports))}, "
+                f"and the teacher gives {found}"
+            )
+        return teacher

@@ -1,41 +1,133 @@
-"""The support on which student and teacher are compared. Here: dense, the whole shared vocabulary.
+"""The support on which student and teacher are compared: the whole vocabulary, or the teacher's top k tokens and one bin for the rest.
 
-A support answers for log-probabilities and probabilities at a temperature and remembers them, so that several terms share one softmax.
+A divergence sees two tensors of log-probabilities over the same support and knows neither vocabularies nor captures. Distributions
+remember their softmaxes, so that several terms share them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from limbeck.errors import RecipeError
+
 LOG_ZERO = -1e30
+"""A finite log 0, so that 0 log 0 is 0: a teacher may rule tokens out with a logit of -inf."""
 
 
 class Dense:
-    """Logits `[n, V]` of a chunk as distributions, in float32 whatever the model's dtype.
+    """A distribution over the whole vocabulary, from logits `[n, V]`, in float32 whatever the model's dtype.
 
-    `in_place` lets the logits be overwritten by their own log-softmax (a shift, so they stay logits for every other temperature);
-    only for tensors that nothing else uses and that carry no gradient.
+    `out` takes the log-softmax at T=1, a buffer that nothing else uses; without it the softmax can be differentiated.
     """
 
-    def __init__(self, logits: Float[Tensor, "n v"], in_place: bool = False) -> None:
-        logits = logits.float()
-        log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-        self.logits = logits.sub_(log_normaliser) if in_place else logits - log_normaliser
-        # a finite log 0, so that 0 log 0 is 0: a teacher may rule tokens out with a logit of -inf
-        self.logits = self.logits.clamp_(min=LOG_ZERO) if in_place else self.logits.clamp(min=LOG_ZERO)
+    def __init__(self, logits: Float[Tensor, "n v"], out: Float[Tensor, "n v"] | None = None) -> None:
+        if out is None:
+            self.logits = torch.log_softmax(logits.float(), dim=-1)
+        else:
+            self.logits = torch.log_softmax(logits.float(), dim=-1, out=out)
         self._log_probs: dict[float, Tensor] = {1.0: self.logits}
         self._probs: dict[float, Tensor] = {}
 
     def log_probs(self, temperature: float = 1.0) -> Float[Tensor, "n v"]:
-        """log softmax(logits / T)."""
+        """log softmax(logits / T); a log-softmax is a shift, so it serves as logits for every temperature."""
         if temperature not in self._log_probs:
             self._log_probs[temperature] = torch.log_softmax(self.logits / temperature, dim=-1)
         return self._log_probs[temperature]
 
-    def probs(self, temperature: float = 1.0) -> Float[Tensor, "n v"]:
-        """softmax(logits / T)."""
+    def probs(self, temperature: float = 1.0, out: Tensor | None = None) -> Float[Tensor, "n v"]:
+        """softmax(logits / T), in `out` if it is given and not made yet."""
         if temperature not in self._probs:
-            self._probs[temperature] = self.log_probs(temperature).exp()
+            self._probs[temperature] = torch.exp(self.log_probs(temperature), out=out)
         return self._probs[temperature]
+
+
+class DenseTarget(Dense):
+    """The teacher over the whole vocabulary. `spare` is a buffer for its probabilities."""
+
+    kind = "dense"
+
+    def __init__(self, logits: Float[Tensor, "n v"], out: Tensor | None = None, spare: Tensor | None = None) -> None:
+        super().__init__(logits, out)
+        self.logits.clamp_(min=LOG_ZERO)
+        self._spare = spare
+
+    def probs(self, temperature: float = 1.0, out: Tensor | None = None) -> Float[Tensor, "n v"]:
+        if temperature not in self._probs:
+            out, self._spare = out if out is not None else self._spare, None
+        return super().probs(temperature, out)
+
+    def project(self, student: Dense, temperature: float = 1.0) -> Float[Tensor, "n v"]:
+        return student.log_probs(temperature)
+
+
+class TopKTarget:
+    """The teacher's k most probable tokens and its remaining mass in one bin: S = k + 1.
+
+    `log_tails[T]` is the log of the mass outside of the k ids at temperature T, of which 1 must be there; another temperature that is
+    not is refused: renormalising over k would pretend that the tail does not exist. (It says what log Z_T would, and unlike 1 minus
+    the rest it is exact where the tail is small.) An id may not occur twice in a row.
+    """
+
+    kind = "top_k"
+
+    def __init__(self, ids: Int[Tensor, "n k"], log_probs: Float[Tensor, "n k"], log_tails: Mapping[float, Float[Tensor, " n"]]) -> None:
+        self.ids, self.top, self.log_tails = ids, log_probs.float(), log_tails
+
+    def log_probs(self, temperature: float = 1.0) -> Float[Tensor, "n s"]:
+        if temperature not in self.log_tails:
+            raise RecipeError(
+                f"objective: found temperature {temperature:g}, expected one for which the top-k teacher stored its tail: "
+                f"{', '.join(f'{known:g}' for known in sorted(self.log_tails))}; set one of those, or capture again with this one"
+            )
+        top, log_tail = self.top, self.log_tails[temperature].float()[:, None]
+        if temperature != 1.0:
+            top = top / temperature
+            top = top - top.logsumexp(-1, keepdim=True) + torch.log1p(-log_tail.exp())
+        return torch.cat([top, log_tail], dim=-1).clamp_(min=LOG_ZERO)
+
+    def project(self, student: Dense, temperature: float = 1.0) -> Float[Tensor, "n s"]:
+        """The tail by logsumexp over the complement: 1 - sum would be rounding noise where the student is as sure as its teacher."""
+        log_probs = student.log_probs(temperature)
+        tail = log_probs.scatter(-1, self.ids, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([log_probs.gather(-1, self.ids), tail], dim=-1).clamp(min=LOG_ZERO)
+
+
+Target = DenseTarget | TopKTarget
+"""The teacher on its support: `log_probs(T)` are its own there, `project(student, T)` the student's, both `[n, S]`."""
+
+
+class Gradient:
+    """d(loss)/d(student logits) of closed forms, collected as a combination before it is made: weights of softmax(z/T), dense tensors,
+    and scattered entries. So a chunk's softmax is turned into its gradient in place, and no term needs a tensor of its own."""
+
+    def __init__(self) -> None:
+        self._probs: dict[float, float | Tensor] = {}
+        self._dense: list[tuple[Tensor, float]] = []
+        self._scattered: list[tuple[Tensor, Tensor]] = []
+
+    def add_probs(self, weight: float | Float[Tensor, "n 1"], temperature: float = 1.0) -> None:
+        """Add weight * softmax(z / T), the weight per row or for all."""
+        self._probs[temperature] = self._probs.get(temperature, 0.0) + weight
+
+    def add(self, tensor: Float[Tensor, "n v"], weight: float) -> None:
+        self._dense.append((tensor, weight))
+
+    def scatter(self, ids: Int[Tensor, "n k"], values: Float[Tensor, "n k"]) -> None:
+        self._scattered.append((ids, values))
+
+    def make(self, student: Dense) -> Float[Tensor, "n v"]:
+        """The gradient, in the memory of the student's log-probabilities, which are lost."""
+        others = [student.probs(temperature).mul_(weight) for temperature, weight in self._probs.items() if temperature != 1.0]
+        weight = self._probs.get(1.0)
+        total = student.logits.zero_() if weight is None else student.probs(1.0, out=student.logits).mul_(weight)
+        for tensor in others:
+            total.add_(tensor)
+        for tensor, weight in self._dense:
+            total.add_(tensor, alpha=weight)
+        for ids, values in self._scattered:
+            total.scatter_add_(-1, ids, values)
+        return total
