@@ -391,10 +391,10 @@ def test_tokenizers_that_differ(refused, folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "data.jsonl: found no rows, expected one JSON object per line"),
+        ("", "data.jsonl: found no rows, expected rows with `messages`"),
         ("\n\n", "data.jsonl: found no rows"),
         ('{"messages": [\n', "data.jsonl:1: not readable as JSON"),
-        ('{"text": "a"}\n', "data.jsonl:1: found keys 'text', expected `messages`"),
+        ('{"question": "a"}\n', "data.jsonl:1: found keys 'question', expected `messages`"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n', "data.jsonl:1: found no message of role 'assistant'"),
         ('{"messages": [{"role": "assistent", "content": "a"}]}\n', "data.jsonl:1: messages.0.role: found 'assistent', expected one of"),
         ('{"prompt": "a"}\n', "data.jsonl:1: `completion` is missing"),

@@ -307,7 +307,7 @@ def test_epochs(tree):
         ({"teacher": {"type": "modle", "model": "x"}}, "teacher: found type 'modle', expected one of: model, none, store; did you mean"),
         ({"source": {"type": "datasets"}}, "source: found type 'datasets', expected one of: dataset; did you mean 'dataset'?"),
         ({"source": {"data": []}}, "source.data: found nothing"),
-        ({"source": {"data": 5}}, "source.data: found 5, expected a valid string or a valid list"),
+        ({"source": {"data": 5}}, "source.data: found 5, expected a file or the name of a data set, a mapping, or a list of these"),
         ({"source": {"max_length": 1}}, "source.max_length: found 1, expected a number greater than 1"),
         ({"source": {"limit": 0}}, "source.limit: found 0, expected a number greater than 0"),
         ({"seed": -1}, "seed: found -1, expected a number greater than or equal to 0"),

@@ -203,5 +203,5 @@ def test_bad_data(write_jsonl, tokenizer, tmp_path):
     with pytest.raises(DataError, match="no such file"):
         Agreement(data=str(tmp_path / "none.jsonl")).check()
     with pytest.raises(DataError, match=r"data\.jsonl:1: "):
-        Agreement(data=str(write_jsonl([{"text": "x"}]))).check()
+        Agreement(data=str(write_jsonl([{"question": "x"}]))).check()
     Agreement(data=str(write_jsonl(rows(1)))).check()

@@ -262,7 +262,7 @@ def test_origins_are_told_apart():
         ({"path": "x", "split": "train"}, "found `split` with `path`; only data sets of the hub"),
         ({"rows": [], "revision": "main"}, "found `revision` with `rows`"),
         ({"path": "x", "convert": "module.function"}, "convert: found 'module.function', expected `module:function`"),
-        ({"rows": [{"text": {1}}]}, "rows: expected rows of texts, numbers, lists and mappings"),
+        ({"rows": [{"text": {1}}]}, "expected rows of texts, numbers, lists and mappings: Object of type set"),
     ]:
         with pytest.raises(RecipeError) as caught:
             validate(DataSet, settings, "recipe")
