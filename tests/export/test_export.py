@@ -112,6 +112,15 @@ def test_recipe_cannot_close_its_fence(run: Run) -> None:
     assert yaml.safe_load(block)["source"]["data"] == "x```\n# not a heading\n````"
 
 
+def test_data_is_named_in_each_form_that_a_recipe_knows(run: Run) -> None:
+    recipe = run.read_json("recipe.json")
+    recipe["source"]["data"] = [{"path": "/x/mine.parquet"}, {"hub": "owner/set"}, "limbeck/demo-train", {"rows": [{"text": "secret"}]}]
+    run.write_json("recipe.json", recipe)
+    text = model_card(run, "m")
+    assert "| data | mine.parquet, owner/set, limbeck/demo-train, rows in memory, 5 conversations" in text
+    assert "secret" not in text and "rows: 1 rows" in text
+
+
 def test_folders_are_left_out_at_any_depth() -> None:
     assert public({"a": ["/x/y/z", "owner/name", {"b": "~/models/m"}], "c": 3}) == {"a": ["z", "owner/name", {"b": "m"}], "c": 3}
 

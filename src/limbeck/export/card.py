@@ -99,9 +99,9 @@ def model_licence(name: str) -> str:
 
 
 def public(value: Any) -> Any:
-    """A value, or a tree of them, without the folders of this machine."""
+    """A value, or a tree of them, without the folders of this machine, and without rows that were given in memory."""
     if isinstance(value, dict):
-        return {key: public(item) for key, item in value.items()}
+        return {key: f"{len(item)} rows" if key == "rows" and isinstance(item, list) else public(item) for key, item in value.items()}
     if isinstance(value, list):
         return [public(item) for item in value]
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "./", "../")) else value
@@ -126,8 +126,11 @@ def _models(recipe: dict[str, Any]) -> dict[str, str]:
 
 
 def _data(source: dict[str, Any]) -> list[str]:
+    """The data sets' names; rows that were given in memory have none."""
     data = source.get("data") or []
-    return [data] if isinstance(data, str) else [each for each in data if isinstance(each, str)]
+    parts = data if isinstance(data, list) else [data]
+    names = [part if isinstance(part, str) else part.get("path") or part.get("hub") or "rows in memory" for part in parts]
+    return [str(name) for name in names]
 
 
 def _facts(run: Run, recipe: dict[str, Any], models: dict[str, str], data_names: list[str]) -> Iterator[tuple[str, Any]]:
