@@ -77,7 +77,7 @@ def test_every_key_is_explained(schema: dict[str, Any]) -> None:
 def _silent(schema: dict[str, Any], defs: dict[str, Any], where: str) -> Iterator[str]:
     for name, part in [("", schema), *defs.items()]:
         for key, value in part.get("properties", {}).items():
-            refs = [option["$ref"] for option in (value, *value.get("anyOf", [])) if "$ref" in option]
+            refs = [option["$ref"] for option in (value, *value.get("anyOf", []), *value.get("allOf", [])) if "$ref" in option]
             told = value.get("description") or any(defs[ref.rpartition("/")[2]].get("description") for ref in refs)
             if not told and key != "type":
                 yield f"{where}.{name}.{key}"
