@@ -11,6 +11,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from helpers import tiny_model
 from limbeck.errors import DataError
 from limbeck.generate import eos_ids_of, generate, pad_left
+from limbeck.models import recompute_activations
 
 EOS, PAD = 2, 2
 PROMPTS = [[5, 9, 31], [7], [12, 12, 80, 41, 300, 6, 17], [100, 200], [33, 8, 250, 19, 77]]
@@ -102,7 +103,7 @@ def test_restored_after_an_error(model):
 def test_under_gradient_checkpointing(model):
     """The trainer leaves it on; the cache must still be used rightly."""
     changed = copy.deepcopy(model)
-    changed.gradient_checkpointing_enable()
+    recompute_activations(changed)
     changed.train()
     assert generate(changed, PROMPTS, 8, [EOS], PAD) == generate(model, PROMPTS, 8, [EOS], PAD)
 
