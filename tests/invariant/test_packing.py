@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import limbeck
+import limbeck.learner
 from limbeck import models
 from limbeck.errors import ModelError
 from limbeck.learner import Learner
@@ -136,7 +137,11 @@ def test_packing_is_verified_of_student_and_teacher_where_it_is_asked_for(
         "objective": [{"type": "logits"}],
         "train": {"steps": 1, "batch_size": 3},
     }
+    shapes: list[tuple[int, ...]] = []
+    forward = limbeck.learner.forward
+    monkeypatch.setattr("limbeck.learner.forward", lambda model, ids, *rest: shapes.append(tuple(ids.shape)) or forward(model, ids, *rest))
     limbeck.train(recipe, tmp_path / "plain")
-    assert asked == []
-    limbeck.train(recipe, tmp_path / "packed", ["train.pack_length=20"])
-    assert asked == [2, 3]
+    assert asked == [] and len(shapes) == 3
+    length = shapes[0][1]
+    limbeck.train(recipe, tmp_path / "packed", [f"train.pack_length={2 * length + 1}"])
+    assert asked == [2, 3] and shapes[3:] == [(1, 2 * length), (1, length)]
