@@ -72,6 +72,13 @@ def _gpt2() -> Any:
     return AutoModelForCausalLM.from_config(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=4, n_head=4, n_positions=64)).eval()
 
 
+@pytest.mark.parametrize("name", ["Gemma2", "GptOss"])
+def test_model_without_sdpa_is_loaded_all_the_same(name: str, tmp_path: Path) -> None:
+    extra = {"num_local_experts": 4, "num_experts_per_tok": 2} if name == "GptOss" else {}
+    AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**(SMALL | extra))).save_pretrained(tmp_path)
+    verify_head(load_model(str(tmp_path)))
+
+
 @pytest.mark.parametrize("break_by", ["cap", "factor"])
 def test_head_that_is_not_ours_is_refused(break_by: str) -> None:
     model = _model("Gemma2" if break_by == "cap" else "Cohere")

@@ -29,9 +29,17 @@ def load_model(name: str, dtype: str = "float32", revision: str | None = None, d
     source = resolve_model(name)
     with _named(name, "model"), _quiet():
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], revision=revision, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+            source, dtype=DTYPES[dtype], revision=revision, use_safetensors=True, trust_remote_code=False
         )
     return model.eval().to(device)
+
+
+def fetch_config(name: str, revision: str | None = None) -> None:
+    """Bring the config.json of a hub model into the hub's cache, where `limbeck.cache.model_config` finds it; local models have theirs."""
+    from transformers import AutoConfig
+
+    with _named(name, "config of model"), _quiet():
+        AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=False)
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:

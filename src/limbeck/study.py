@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
-from limbeck.cache import model_config, resolve_model
 from limbeck.errors import ModelError, RecipeError, RunError
 from limbeck.log import is_main_process, say
 from limbeck.objectives.base import Needs, needs_of
@@ -217,11 +216,11 @@ def _needs(recipe: Recipe) -> Needs:
     student, _ = recipe.for_training()
     teacher = recipe.teacher
     assert isinstance(teacher, ModelTeacher)
-    for model in (student, teacher):
-        if model_config(model.model, model.revision) is None:
-            from transformers import AutoConfig
+    teacher.prepare()
+    if student.shape() is None:
+        from limbeck.models import fetch_config
 
-            AutoConfig.from_pretrained(resolve_model(model.model), revision=model.revision)
+        fetch_config(student.model, student.revision)
     shape, num_layers = student.shape(), teacher.provides().num_layers
     if shape is None or num_layers is None:
         raise ModelError(f"{student.model}, {teacher.model}: found no num_hidden_layers in config.json, expected decoders of transformers")

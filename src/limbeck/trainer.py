@@ -25,13 +25,13 @@ from torch import nn
 from limbeck import checkpoint, distributed, optim, trackers
 from limbeck.batch import Batch, Signal
 from limbeck.distributed import World
-from limbeck.errors import RunError
+from limbeck.errors import ModelError, RunError
 from limbeck.evaluate import Subject
 from limbeck.evaluate.runner import evaluate
 from limbeck.learner import Learner
 from limbeck.log import peak_memory_mb, progress, reset_peak_memory, say
 from limbeck.models import blocks, check_size, load_tokenizer, recompute_activations, save_model, verify_packing, weights_hash
-from limbeck.objectives.base import Needs, Term, needs_of
+from limbeck.objectives.base import HiddenTerm, Needs, Term, needs_of
 from limbeck.objectives.head import num_chunks
 from limbeck.recipe import Recipe, Train, parse_recipe, require_files
 from limbeck.run import Run, differences, environment
@@ -74,6 +74,8 @@ def assemble(recipe: Recipe, student: Any, tokenizer: Any, source: OpenSource, w
     """The learner, and the opened teacher if any term of positive weight needs one."""
     _, spec = recipe.for_training()
     terms = recipe.terms
+    if any(isinstance(term, HiddenTerm) for term in terms.values()):
+        recipe.teacher.prepare()  # a layer map depends on how many blocks the teacher has
     provided = recipe.teacher.provides()
     needs = needs_of(terms, len(blocks(student)), provided.num_layers or 0) if provided.output else Needs()
     scorer = recipe.teacher.open(tokenizer, needs, world.device) if needs.anything else None
@@ -82,6 +84,12 @@ def assemble(recipe: Recipe, student: Any, tokenizer: Any, source: OpenSource, w
     num_tokens = scorer.vocabulary if scorer is not None else len(vocabulary(tokenizer))
     longest = max(len(sample.ids) for sample in source.samples)
     check_size(student, len(vocabulary(tokenizer)), longest)
+    highest = max(int(sample.ids.max()) for sample in source.samples)
+    if highest >= num_tokens:
+        raise ModelError(
+            f"the data has token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), expected one of the {num_tokens} that "
+            "student and teacher share; take the token out of the data, or train without this teacher"
+        )
     if spec.pack_length is not None:
         verify_packing(student)
         if scorer is not None:
@@ -128,7 +136,7 @@ def optimizer_step(
     counts = distributed.sum_over_ranks(totals, world)
     # DDP averages gradients over ranks; the factor makes it a sum
     scales = {key: term.weight / max(counts[term.count], 1) * world.size for key, term in terms.items()}
-    sums = dict.fromkeys((*terms, "teacher_nll"), 0.0)
+    running = {key: torch.zeros((), device=world.device) for key in (*terms, "teacher_nll")}
     teacher_seconds = 0.0
     optimizer.zero_grad(set_to_none=True)
     for i, batch in enumerate(batches):
@@ -142,8 +150,9 @@ def optimizer_step(
                 loss, batch_sums = wrapped(batch, signal, scales)
             loss.backward()
         for key, value in batch_sums.items():
-            sums[key] += value.item()
-    sums = distributed.sum_over_ranks(sums, world)
+            running[key] += value
+    # read once per step: a read per microbatch would make an accelerator wait for each
+    sums = distributed.sum_over_ranks(dict(zip(running, torch.stack(list(running.values())).tolist(), strict=True)), world)
     trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     grad_norm = float(nn.utils.clip_grad_norm_(trainable, spec.optimizer.max_grad_norm or math.inf))
     total = sum(term.weight * sums[key] / max(counts[term.count], 1) for key, term in terms.items())

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import limbeck
-from helpers import write_jsonl
-from limbeck.errors import RunError
+from helpers import make_tokenizer, save_model, tiny_model, write_jsonl
+from limbeck.errors import ModelError, RunError
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +183,21 @@ def test_logged_loss_is_the_weighted_sum_of_logged_terms(base: dict[str, Any], t
     for row in _train(base, tmp_path / "run").metrics():
         assert row["loss"] == pytest.approx(0.5 * row["loss/ce"] + row["loss/logits"] + row["loss/hidden"])
         assert row["teacher_nll"] > 0 and 0 < row["teacher_share"] < 1 and row["peak_memory_mb"] > 50
+
+
+def test_token_that_the_teacher_lacks_is_refused_before_the_first_step(base: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    student = save_model(tmp_path / "student", tiny_model(layers=2), tokenizer)
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "The weather", "completion": " is <extra>."}])
+    changed = {**base, "student": {"model": str(student)}, "source": {"type": "dataset", "data": str(data)}}
+    with pytest.raises(ModelError, match=r"the data has token \d+ \('<extra>'\), expected one of the \d+"):
+        limbeck.train(changed, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    limbeck.train({**changed, "objective": [{"type": "ce"}]}, tmp_path / "sft")
+
+
+def test_teacher_on_the_hub_that_cannot_be_reached_is_named(base: dict[str, Any], tmp_path: Path) -> None:
+    """Its config is fetched before the layer map is made; offline that is one clear error."""
+    with pytest.raises(ModelError, match="config of model 'owner/nowhere'"):
+        limbeck.train({**base, "teacher": {"type": "model", "model": "owner/nowhere"}}, tmp_path / "run")

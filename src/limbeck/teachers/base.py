@@ -58,6 +58,9 @@ class Teacher(Family):
         """What this teacher can say; torch-free."""
         return Provides()
 
+    def prepare(self) -> None:
+        """Fetch what `provides` needs in order to know its layers, and nothing more; most teachers have it at hand."""
+
     def open(self, tokenizer: Any, needs: Needs, device: str = "cpu") -> Scorer:
         """Load it for batches made with `tokenizer` (the student's). Refuses another vocabulary."""
         raise NotImplementedError

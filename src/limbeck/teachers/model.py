@@ -34,6 +34,12 @@ class ModelTeacher(Teacher):
             output=True, layers=frozenset(range(layers)) if layers else None, num_layers=layers, width=config.get("hidden_size")
         )
 
+    def prepare(self) -> None:
+        if model_config(self.model, self.revision) is None:
+            from limbeck.models import fetch_config
+
+            fetch_config(self.model, self.revision)
+
     def open(self, tokenizer: Any, needs: Needs, device: str = "cpu") -> ModelScorer:
         from limbeck.models import blocks, head, load_model, load_tokenizer, verify_head
         from limbeck.tokens.identity import shared_vocabulary
