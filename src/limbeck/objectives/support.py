@@ -117,7 +117,8 @@ class Gradient:
         """The gradient, in the memory of the student's log-probabilities, which are lost."""
         others = [student.probs(temperature).mul_(weight) for temperature, weight in self._probs.items() if temperature != 1.0]
         weight = self._probs.get(1.0)
-        total = student.logits.zero_() if weight is None else student.probs(1.0, out=student.logits).mul_(weight)
+        # written there even where the softmax was made before, in memory of its own
+        total = student.logits.zero_() if weight is None else torch.mul(student.probs(1.0, out=student.logits), weight, out=student.logits)
         for tensor in others:
             total.add_(tensor)
         for tensor, weight in self._dense:
