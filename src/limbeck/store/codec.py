@@ -43,7 +43,7 @@ class Codec(Family):
         return {}
 
     def encode(self, head: Head, model: Mapping[str, Tensor], output: Tensor, lengths: Sequence[int]) -> list[bytes]:
-        """A blob per sample from the rows `[n, E]` of several, one after the other; `lengths` sum to n. The same rows give the same bytes."""
+        """A blob per sample from the rows `[n, E]` of several, one after the other; `lengths` sum to n. Equal rows give equal bytes."""
         raise NotImplementedError
 
     def decode(self, head: Head | None, model: Mapping[str, Tensor], blobs: Sequence[bytes], rows: Sequence[np.ndarray]) -> Signal:
