@@ -58,6 +58,8 @@ class StoreScorer:
         self.name, self.num_layers, self.width = teacher.name, teacher.num_layers, teacher.width
         self.vocabulary = reader.manifest.vocabulary
         self.reader, self.needs = reader, needs
+        if needs.output:
+            reader.head()  # a damaged one shows here, and not at the first step
 
     def require(self, samples: Sequence[Sample]) -> None:
         lacking, total = self.reader.missing(samples, self.needs)
