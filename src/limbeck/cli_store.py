@@ -32,7 +32,8 @@ def verify(path: StorePath, as_json: Json = False) -> None:
     from limbeck.store.verify import verify as run_verify
 
     manifest = run_verify(path)
-    say(f"{path}: {len(manifest.shards)} shards, {manifest.num_bytes / 2**20:.1f} MB, as they were written")
+    missing = f"; {manifest.num_missing} more were not captured yet" if manifest.num_missing else ""
+    say(f"{path}: {len(manifest.shards)} shards, {manifest.num_bytes / 2**20:.1f} MB, as they were written{missing}")
     finish({"store": path, "shards": len(manifest.shards), "bytes": manifest.num_bytes}, as_json)
 
 

@@ -190,7 +190,7 @@ def test_what_a_kill_left_half_written_is_removed(base, store):
 @pytest.fixture
 def long_recipe(base, tmp_path):
     """A recipe of many small shards, as a file."""
-    rows = [conversation(i % 7, turns=1 + i % 3) | {"id": i} for i in range(60)]
+    rows = [conversation(i % 7, turns=1 + i % 3) | {"id": i} for i in range(240)]
     for i, row in enumerate(rows):
         row["messages"][0] = {"role": "user", "content": f"{row['messages'][0]['content']} {i}"}
     data = write_jsonl(tmp_path / "long.jsonl", rows)
@@ -208,7 +208,7 @@ def start(recipe, path, workers=1):
     command += ["limbeck", "--quiet", "capture", str(recipe), "--out", str(path)]
     # one thread: sums in another order are other bits
     settings = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=settings, start_new_session=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=settings)
 
 
 def ended(process):
@@ -216,41 +216,56 @@ def ended(process):
     assert process.returncode == 0, output[-2000:]
 
 
+def family(pid):
+    """A process and all that it started: torchrun's workers are in sessions of their own."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    found = [int(child) for child in children.read_text().split()] if children.exists() else []
+    return [pid, *(member for child in found for member in family(child))]
+
+
 def kill_at_random(recipe, path, workers, chance):
-    """SIGKILL to all processes of a capture, at a random moment after it has begun to write; whether it was killed before its end."""
+    """SIGKILL to all processes of a capture, at a random moment after its first file or its first shard; whether it was killed before its
+    end."""
+    pattern = chance.choice(["*", "*.parquet", "*.parquet"])
+    before = set(path.glob(pattern))
     process = start(recipe, path, workers)
     deadline = time.monotonic() + 120
-    while not (path / "manifest.json").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    time.sleep(chance.uniform(0, 0.5))
-    os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+    while process.poll() is None and time.monotonic() < deadline and set(path.glob(pattern)) <= before:
+        time.sleep(0.002)
+    time.sleep(chance.uniform(0, 0.15))
+    if process.poll() is not None:
+        return False
+    for pid in family(process.pid):
+        os.kill(pid, signal.SIGKILL)
     process.communicate()
-    return process.returncode != 0
+    return True
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_writes_the_same_store(long_recipe, tmp_path):
     ended(start(long_recipe, tmp_path / "one"))
     ended(start(long_recipe, tmp_path / "two", workers=2))
-    assert len(read_manifest(tmp_path / "one").shards) == 30
+    assert len(read_manifest(tmp_path / "one").shards) == 120
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kills", [3, pytest.param(20, marks=pytest.mark.skipif("LIMBECK_KILLS" not in os.environ, reason="takes minutes"))]
+)
 def test_kills_at_random_moments_change_nothing(long_recipe, tmp_path, kills):
     """Of one worker and of two in turn, so that a capture goes on with another number of them than it had."""
     ended(start(long_recipe, tmp_path / "straight"))
-    chance, path, killed = random.Random(kills), tmp_path / "killed", 0
-    for number in range(3 * kills):
-        if killed < kills and not kill_at_random(long_recipe, path, 1 + number % 2, chance):
+    chance, path, left = random.Random(kills), tmp_path / "killed", []
+    while len(left) < kills:
+        if kill_at_random(long_recipe, path, 1 + len(left) % 2, chance):
+            left.append(len(list(path.glob("*.parquet"))))
+        else:
             shutil.rmtree(path)  # it had ended: once more from the start
-            continue
-        killed += 1
-        if killed == kills:
-            break
-    assert killed == kills
     ended(start(long_recipe, path))
     assert files(path) == files(tmp_path / "straight")
     verify(path)
+    assert any(0 < number < 120 for number in left), left
 
 
 # ---- full disks

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from captures import ALL, LAYERS, run, samples_of, signals
+
 from limbeck.store.codec import from_bytes, to_bytes
 from limbeck.store.hidden import BFloat16, Float32, Int8, Pca
 from limbeck.store.manifest import read_manifest
