@@ -195,7 +195,7 @@ def test_what_is_asked_of_a_sample_in_several_places_is_asked_once():
     other = make_sample([9, 9], [False, True], 4)
     for groups in ([([short, other], ALL), ([long], Needs(output=True))], [([long], Needs(output=True)), ([short, other], ALL)]):
         first, both = once(groups)
-        assert first.sample is other and first.needs == both.needs == ALL
+        assert first.sample.sample_id == other.sample_id and first.needs == both.needs == ALL
         assert both.sample.ids.tolist() == ids and both.sample.is_target.tolist() == [False, True, False, True]
 
 
