@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from limbeck.batch import Signal
 from limbeck.errors import ModelError
 from limbeck.objectives.base import OutputTerm
-from limbeck.objectives.support import Dense, DenseTarget, Gradient, Target, TopKTarget
+from limbeck.objectives.support import Dense, DenseTarget, Gradient, SpreadTarget, Target, TopKTarget
 
 OutputTerms = Mapping[str, OutputTerm]
 LIVE_BUFFERS = 2
@@ -108,14 +108,18 @@ def plain(
 
 
 def _sum_keys(terms: OutputTerms, signal: Signal) -> list[str]:
-    return [*terms, *(["teacher_nll"] if signal.output is not None else [])]
+    return [
+        *terms,
+        *(["teacher_nll"] if signal.output is not None or (signal.top is not None and signal.top.log_priors is not None) else []),
+    ]
 
 
 def _target(signal: Signal, rows: slice, logits: Tensor | None = None) -> Target | None:
     """The teacher of some rows on the support that the signal has; a dense one from its `logits` if they are made, which are then lost."""
     if signal.top is not None:
-        top = signal.top
-        return TopKTarget(top.ids[rows], top.log_probs[rows], {temperature: tail[rows] for temperature, tail in top.log_tails.items()})
+        top = signal.top[rows]
+        target = TopKTarget(top.ids, top.log_probs, top.log_tails)
+        return target if top.log_priors is None else SpreadTarget(target, top.log_priors)
     if signal.output is None or signal.teacher_head is None:
         return None
     with torch.no_grad():
