@@ -55,12 +55,19 @@ class Batch:
 class TopK:
     """The teacher's most probable tokens at scored positions, at temperature 1, and what is left.
 
-    `log_tails[T]` is the log of the mass outside of the k ids at temperature T; 1 is there, and other temperatures are refused.
+    `log_tails[T]` is the log of the mass outside of the k ids at temperature T; 1 is there, and other temperatures are refused. A row
+    with fewer than k tokens is padded with an id of its own and log-probability -inf. With `log_priors[T]`, unnormalised and the same for
+    all rows, the tail is spread over the tokens outside of the k in proportion to the prior: the teacher is then dense.
     """
 
     ids: Int[Tensor, "n k"]
     log_probs: Float[Tensor, "n k"]
     log_tails: Mapping[float, Float[Tensor, " n"]]
+    log_priors: Mapping[float, Float[Tensor, " v"]] | None = None
+
+    def __getitem__(self, rows: slice) -> TopK:
+        tails = {temperature: tail[rows] for temperature, tail in self.log_tails.items()}
+        return TopK(self.ids[rows], self.log_probs[rows], tails, self.log_priors)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from limbeck.models import load_tokenizer, weights_hash
 from limbeck.objectives.base import Needs
 from limbeck.recipe import Recipe, parse_recipe, require_files
 from limbeck.run import environment
+from limbeck.store.certificate import certify
+from limbeck.store.codec import Exact
 from limbeck.store.hidden import HiddenCodec
 from limbeck.store.manifest import (
     HEAD,
@@ -206,8 +208,12 @@ class _Capture:
             error = {
                 layer: hidden_error(self.hidden, part_of(model, f"hidden.{layer}"), held_out.hidden(layer)) for layer in manifest.layers
             }
+        certificate = None
+        if others and not isinstance(self.spec.codec, Exact):
+            held_out = Signals(self.scorer, others, self.spec.batch_size, self.world.device)
+            certificate = certify(self.spec.codec, self.scorer.head, part_of(model, "output"), held_out.outputs)
         ids = tuple(sample.sample_id for sample in fitted) if model else ()
-        return manifest.model_copy(update={"model": stored, "hidden_error": error, "calibrated_on": ids})
+        return manifest.model_copy(update={"model": stored, "hidden_error": error, "calibrated_on": ids, "certificate": certificate})
 
     def _plan(self, manifest: Manifest) -> Plan | None:
         reader = StoreReader(self.folder)

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from helpers import tiny_model
+from limbeck.batch import Signal, TopK
 from limbeck.errors import DataError, StoreError
 from limbeck.evaluate import Agreement, Item, Subject
 from limbeck.evaluate import agreement as module
-from limbeck.evaluate.agreement import NUM_BINS, calibration_error
+from limbeck.evaluate.agreement import NUM_BINS, _compare, calibration_error
+from limbeck.objectives.head import Head
 from limbeck.teachers import ModelTeacher
 
 WORDS = ["the", "quick", "brown", "fox", "weather", "Paris", "sunny", "add", "two", "three", "five", "answer", "student", "teacher", "dog"]
@@ -205,3 +207,15 @@ def test_bad_data(write_jsonl, tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"data\.jsonl:1: "):
         Agreement(data=str(write_jsonl([{"question": "x"}]))).check()
     Agreement(data=str(write_jsonl(rows(1)))).check()
+
+
+def test_top_k_teacher_of_all_tokens_is_compared_as_a_dense_one() -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows, hidden = torch.randn(9, 6, generator=draw), torch.randn(9, 8, generator=draw)
+    teacher, student = Head(torch.randn(23, 6, generator=draw)), Head(torch.randn(23, 8, generator=draw))
+    targets = torch.arange(9)
+    log_probs, ids = torch.log_softmax(teacher(rows), -1).sort(-1, descending=True)
+    observed = torch.log_softmax(teacher(rows), -1).gather(-1, targets[:, None]).squeeze(-1)
+    dense = _compare(hidden, student, Signal(output=rows, teacher_head=teacher), targets)
+    top = _compare(hidden, student, Signal(top=TopK(ids, log_probs, {1.0: torch.full((9,), -torch.inf)}), observed=observed), targets)
+    torch.testing.assert_close(top, dense, rtol=1e-5, atol=1e-5)

@@ -67,24 +67,34 @@ class Agreement(HeldOut):
 
 
 def _compare(hidden: Tensor, student_head: Head, signal: Signal, targets: Tensor) -> Tensor:
-    """`[6, N]`: the token metrics, the model's confidence in its most likely token, and whether the data has that token."""
+    """`[6, N]`: the token metrics, the model's confidence in its most likely token, and whether the data has that token.
+
+    A top-k teacher is compared on its tokens and one bin for the rest; what it says of the data's tokens, its capture has kept.
+    """
     import torch
 
     from limbeck.objectives.divergences import forward_kl
-    from limbeck.objectives.support import Dense, DenseTarget
+    from limbeck.objectives.head import target_of
+    from limbeck.objectives.support import Dense, TopKTarget
 
-    assert signal.output is not None and signal.teacher_head is not None
     parts = [hidden.new_zeros(6, 0, dtype=torch.float32)]
-    for rows in torch.arange(targets.numel(), device=targets.device).split(ROWS_PER_CHUNK):
-        teacher = DenseTarget(signal.teacher_head(signal.output[rows])).log_probs()
-        student = Dense(student_head(hidden[rows])).log_probs()
-        wanted = targets[rows, None]
-        confidence, choice = student.max(-1)
+    for start in range(0, targets.numel(), ROWS_PER_CHUNK):
+        rows = slice(start, start + ROWS_PER_CHUNK)
+        teacher = target_of(signal, rows)
+        assert teacher is not None
+        log_p, student = teacher.log_probs(), Dense(student_head(hidden[rows]))
+        log_q, wanted = student.log_probs(), targets[rows, None]
+        confidence, choice = log_q.max(-1)
+        if isinstance(teacher, TopKTarget):
+            assert signal.observed is not None
+            best, teacher_nll = teacher.ids.gather(-1, log_p[:, :-1].argmax(-1, keepdim=True)).squeeze(-1), -signal.observed[rows]
+        else:
+            best, teacher_nll = log_p.argmax(-1), -log_p.gather(-1, wanted).squeeze(-1)
         columns = [
-            forward_kl(teacher, student),
-            choice == teacher.argmax(-1),
-            -student.gather(-1, wanted).squeeze(-1),
-            -teacher.gather(-1, wanted).squeeze(-1),
+            forward_kl(log_p, teacher.project(student)),
+            choice == best,
+            -log_q.gather(-1, wanted).squeeze(-1),
+            teacher_nll,
             confidence.exp(),
             choice == targets[rows],
         ]

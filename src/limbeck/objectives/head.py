@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from limbeck.batch import Signal
 from limbeck.errors import ModelError
 from limbeck.objectives.base import OutputTerm
-from limbeck.objectives.support import Dense, DenseTarget, Gradient, Target, TopKTarget
+from limbeck.objectives.support import Dense, DenseTarget, Gradient, SpreadTarget, Target, TopKTarget
 
 OutputTerms = Mapping[str, OutputTerm]
 LIVE_BUFFERS = 2
@@ -98,7 +98,7 @@ def plain(
     hidden: Float[Tensor, "n d"], head: Head, targets: Int[Tensor, " n"], signal: Signal, terms: OutputTerms, scales: Mapping[str, float]
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """The same by autograd, with the logits of all rows alive: the reference for `fused`, and for new terms."""
-    student, teacher = Dense(head(hidden)), _target(signal, slice(None))
+    student, teacher = Dense(head(hidden)), target_of(signal, slice(None))
     values = {key: term.values(student, teacher, targets) for key, term in terms.items()}
     loss = sum((value.sum() * scales[key] for key, value in values.items()), hidden.sum() * 0.0)
     sums = {key: value.detach().sum() for key, value in values.items()}
@@ -108,14 +108,18 @@ def plain(
 
 
 def _sum_keys(terms: OutputTerms, signal: Signal) -> list[str]:
-    return [*terms, *(["teacher_nll"] if signal.output is not None else [])]
+    return [
+        *terms,
+        *(["teacher_nll"] if signal.output is not None or (signal.top is not None and signal.top.log_priors is not None) else []),
+    ]
 
 
-def _target(signal: Signal, rows: slice, logits: Tensor | None = None) -> Target | None:
+def target_of(signal: Signal, rows: slice, logits: Tensor | None = None) -> Target | None:
     """The teacher of some rows on the support that the signal has; a dense one from its `logits` if they are made, which are then lost."""
     if signal.top is not None:
-        top = signal.top
-        return TopKTarget(top.ids[rows], top.log_probs[rows], {temperature: tail[rows] for temperature, tail in top.log_tails.items()})
+        top = signal.top[rows]
+        target = TopKTarget(top.ids, top.log_probs, top.log_tails)
+        return target if top.log_priors is None else SpreadTarget(target, top.log_priors)
     if signal.output is None or signal.teacher_head is None:
         return None
     with torch.no_grad():
@@ -233,7 +237,7 @@ def _chunk(
     for start in range(0, len(rows), size):
         block = slice(start, min(start + size, len(rows)))
         absolute = slice(chunk.start + block.start, chunk.start + block.stop)
-        teacher = _target(signal, absolute, None if taught is None else taught[block])
+        teacher = target_of(signal, absolute, None if taught is None else taught[block])
         sums += _block(head, logits[block], teacher, targets[block], signal, terms, scales, wants_grad)
     return (logits if wants_grad else None), sums
 

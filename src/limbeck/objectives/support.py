@@ -63,13 +63,15 @@ class TopKTarget:
 
     `log_tails[T]` is the log of the mass outside of the k ids at temperature T, of which 1 must be there; another temperature that is
     not is refused: renormalising over k would pretend that the tail does not exist. (It says what log Z_T would, and unlike 1 minus
-    the rest it is exact where the tail is small.) An id may not occur twice in a row.
+    the rest it is exact where the tail is small.) An id may not occur twice in a row, but for padding, whose log-probability is -inf:
+    it gets no mass and no gradient.
     """
 
     kind = "top_k"
 
     def __init__(self, ids: Int[Tensor, "n k"], log_probs: Float[Tensor, "n k"], log_tails: Mapping[float, Float[Tensor, " n"]]) -> None:
         self.ids, self.top, self.log_tails = ids, log_probs.float(), log_tails
+        self._padding = self.top == -torch.inf
 
     def log_probs(self, temperature: float = 1.0) -> Float[Tensor, "n s"]:
         if temperature not in self.log_tails:
@@ -87,7 +89,30 @@ class TopKTarget:
         """The tail by logsumexp over the complement: 1 - sum would be rounding noise where the student is as sure as its teacher."""
         log_probs = student.log_probs(temperature)
         tail = log_probs.scatter(-1, self.ids, -torch.inf).logsumexp(-1, keepdim=True)
-        return torch.cat([log_probs.gather(-1, self.ids), tail], dim=-1).clamp(min=LOG_ZERO)
+        kept = log_probs.gather(-1, self.ids).masked_fill(self._padding, LOG_ZERO)
+        return torch.cat([kept, tail], dim=-1).clamp(min=LOG_ZERO)
+
+
+class SpreadTarget(DenseTarget):
+    """The teacher's k most probable tokens, and its tail spread over the others in proportion to a prior: dense, so that every divergence
+    and every closed form of a dense teacher holds."""
+
+    def __init__(self, top: TopKTarget, log_priors: Mapping[float, Float[Tensor, " v"]]) -> None:
+        self._top, self._log_priors = top, log_priors
+        self.logits = self._spread(1.0)
+        self._log_probs, self._probs = {1.0: self.logits}, {}
+
+    def log_probs(self, temperature: float = 1.0) -> Float[Tensor, "n v"]:
+        if temperature not in self._log_probs:
+            self._log_probs[temperature] = self._spread(temperature)
+        return self._log_probs[temperature]
+
+    def _spread(self, temperature: float) -> Float[Tensor, "n v"]:
+        bins, ids = self._top.log_probs(temperature), self._top.ids
+        rest = self._log_priors[temperature].float().expand(len(ids), -1).scatter(-1, ids, -torch.inf)
+        rest = rest + (bins[:, -1:] - rest.logsumexp(-1, keepdim=True).clamp(min=LOG_ZERO))
+        # padding repeats an id, and loses against it
+        return rest.scatter_reduce(-1, ids, bins[:, :-1], "amax").clamp_(min=LOG_ZERO)
 
 
 Target = DenseTarget | TopKTarget

@@ -29,8 +29,11 @@ class Codec(Family):
 
     needs_head: ClassVar[bool] = False
     """Whether the store keeps the teacher's output head, which `decode` then gets."""
-    support: ClassVar[Support] = "dense"
-    """What `decode` gives, so that a recipe is refused before anything is loaded."""
+
+    @property
+    def support(self) -> Support:
+        """What `decode` gives, so that a recipe is refused before anything is loaded."""
+        return "dense"
 
     @property
     def serves(self) -> tuple[float, ...] | None:

@@ -39,6 +39,8 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("holds", f"{found['num_samples']:,} conversations, {found['num_scored']:,} scored tokens in {found['num_shards']:,} shards"),
         ("size", _size(found)),
     ]
+    if found["certificate"]:
+        shown.extend(_certificate(found))
     if found["num_shards_missing"]:
         shown.append(("missing", f"{found['num_shards_missing']:,} shards; start the capture again, and it goes on"))
     if found["layers"]:
@@ -53,6 +55,18 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _settings(spec: dict[str, Any]) -> str:
     return " ".join([spec["type"], *(f"{key}={value}" for key, value in spec.items() if key != "type" and value is not None)])
+
+
+def _certificate(found: dict[str, Any]) -> list[tuple[str, str]]:
+    measured = found["certificate"]
+    once = sum(found[name]["bytes"] for name in ("head", "model") if found[name]) / 2**20
+    buckets = ", ".join(f"{name} {part['kl']:.3f}" for name, part in measured["by_entropy"].items() if part["num_scored"])
+    what = f"KL {measured['kl']:.4f}, L1 {measured['l1']:.3f}, same first token {measured['top1']:.1%}, mass kept {measured['mass']:.1%}"
+    size = f"{measured['bytes_per_token']:.1f} bytes per token and {once:,.1f} MB once (head, tables)"
+    return [
+        ("fidelity", f"{what}, on {measured['num_scored']:,} tokens that it was not fitted on"),
+        ("", f"{size}; KL where the teacher is {buckets}"),
+    ]
 
 
 def _temperatures(served: list[float] | None) -> str:

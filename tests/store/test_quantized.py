@@ -1,0 +1,85 @@
+"""Transform-coded states: how near the teacher comes back, in how many bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from captures import run, samples_of
+
+from limbeck.objectives.base import Needs
+from limbeck.objectives.head import Head
+from limbeck.store.quantized import Quantized, fisher
+from limbeck.teachers import StoreTeacher
+from limbeck.tokens.pad import pad
+
+V, E = 67, 10
+HEAD = Head(torch.randn(V, E, generator=torch.Generator().manual_seed(1)), scale=0.5)
+MIX = torch.randn(E, E, generator=torch.Generator().manual_seed(3))
+
+
+def outputs(rows, seed):
+    return torch.randn(rows, E, generator=torch.Generator().manual_seed(seed)) @ MIX * torch.linspace(0.2, 1.5, rows)[:, None] + 1
+
+
+def fitted(wanted):
+    codec = Quantized(bytes_per_token=wanted)
+    return codec, codec.calibrate(HEAD, [outputs(700, seed=8), outputs(500, seed=9)])
+
+
+def divergence(codec, model, rows):
+    blobs = codec.encode(HEAD, model, rows, [len(rows)])
+    kept = codec.decode(HEAD, model, blobs, [np.arange(len(rows))])
+    assert kept.teacher_head is HEAD
+    exact, found = (torch.log_softmax(HEAD(each), -1) for each in (rows, kept.output))
+    return float((exact.exp() * (exact - found)).sum(-1).mean()), len(blobs[0]) / len(rows)
+
+
+def test_bytes_are_as_wanted_and_more_of_them_are_nearer():
+    found = {wanted: divergence(*fitted(wanted), outputs(400, seed=5)) for wanted in (3, 5, 8)}
+    assert all(size == pytest.approx(wanted, rel=0.2) for wanted, (_, size) in found.items())
+    assert found[3][0] > 2 * found[5][0] > 4 * found[8][0] > 0 and found[8][0] < 0.01
+
+
+def test_the_metric_is_that_of_the_divergence():
+    """Half of the form of a small change is its KL, in float64."""
+    rows = outputs(50, seed=6)
+    form = fisher(HEAD, rows)
+    change = 1e-3 * torch.randn(E, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    weight = HEAD.weight.double() * HEAD.scale
+    exact, changed = (torch.log_softmax(each @ weight.T, -1) for each in (rows.double(), rows.double() + change))
+    expected = (exact.exp() * (exact - changed)).sum(-1).mean()
+    torch.testing.assert_close(change @ form @ change / 2, expected, rtol=1e-2, atol=0)
+
+
+def test_a_token_far_outside_of_the_calibration_comes_back_finite():
+    codec, model = fitted(8)
+    rows = outputs(3, seed=7) * torch.tensor([[1.0], [1e4], [0.0]])
+    kept = codec.decode(HEAD, model, codec.encode(HEAD, model, rows, [3]), [np.arange(3)]).output
+    assert torch.isfinite(kept).all()
+
+
+def test_a_samples_bytes_depend_on_its_rows_alone():
+    codec, model = fitted(5)
+    rows = outputs(130, seed=6)
+    blobs = codec.encode(HEAD, model, rows, [0, 70, 1, 59])
+    assert blobs == [b"", *(codec.encode(HEAD, model, part, [len(part)])[0] for part in rows.split([70, 1, 59]))]
+    some = codec.decode(HEAD, model, blobs, [np.arange(0), np.array([69, 5]), np.arange(0), np.array([7])]).output
+    everything = codec.decode(HEAD, model, blobs[1:], [np.arange(70), np.arange(1), np.arange(59)]).output
+    torch.testing.assert_close(some, everything[[69, 5, 78]], rtol=1e-5, atol=1e-5)
+    assert codec.decode(HEAD, model, [], []).output.shape == (0, E)
+
+
+def test_the_same_states_calibrate_to_the_same():
+    (_, a), (_, b) = fitted(5), fitted(5)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_capture_in_fewer_bytes_serves_any_temperature(base, captured, data, tokenizer, tmp_path):
+    path = tmp_path / "store"
+    manifest = run(base, path, "capture.codec={type: quantized, bytes_per_token: 24}", "capture.calibrate_on=3")
+    assert manifest.head is not None and manifest.model is not None and manifest.temperatures is None
+    batch = pad(samples_of(data, tokenizer)[:5], 0)
+    ours, exact = (StoreTeacher(path=str(each)).open(tokenizer, Needs(output=True)).score(batch) for each in (path, captured))
+    p, q = (torch.log_softmax(each.teacher_head(each.output).float() / 2, -1) for each in (exact, ours))
+    assert 0 < (p.exp() * (p - q)).sum(-1).mean() < 0.05
