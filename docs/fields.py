@@ -33,7 +33,9 @@ def markdown() -> str:
                 lines += _section(key, recipe["$defs"][name], "###")
                 for inner, deeper in recipe["$defs"][name]["properties"].items():
                     for ref in _refs(deeper):
-                        lines += _section(f"{key}.{inner}", recipe["$defs"][ref.rpartition("/")[2]], "####")
+                        section = recipe["$defs"][ref.rpartition("/")[2]]
+                        member = section["properties"].get("type", {}).get("const")
+                        lines += _section(f"{key}.{inner}" + (f": {member}" if member else ""), section, "####")
     lines += _section("Study", study, "###")
     lines += _section("capture, of a study", study["$defs"]["TeacherCapture"], "####")
     return "\n".join(lines)

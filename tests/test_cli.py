@@ -26,6 +26,7 @@ ROWS = [
     for word in ("one", "two", "three", "four", "five")
 ]
 COMMANDS = ("demo", "check", "train", "capture", "eval", "study", "report", "schema", "assets", "assets list", "assets fetch")
+COMMANDS += ("store", "store inspect", "store verify", "store repair")
 
 
 @pytest.fixture(autouse=True)
@@ -511,6 +512,33 @@ def test_capture_then_train_from_it_then_report(run, works, folder, teacher_dir)
     assert all(Path(written[kind]).is_file() for kind in ("html", "markdown", "json"))
     code, out, err = run("train", "recipe.yaml", teacher, objective, benchmarks, "--out", "live")
     assert (code, out) == (0, "") and "live: already finished with this recipe" in err
+
+
+def test_a_store_is_inspected_verified_and_repaired(run, works, refused, teacher_dir):
+    capture = ["recipe.yaml", f"teacher={{type: model, model: {teacher_dir}}}", "capture.samples_per_shard=2", "capture.batch_size=2"]
+    works("capture", *capture, "--out", "store")
+    found = works("store", "inspect", "store")
+    assert (found["complete"], found["num_samples"], found["num_shards"], found["codec"]) == (True, len(ROWS), 3, {"type": "exact"})
+    assert found["bytes"] == sum(file.stat().st_size for file in Path("store").iterdir())
+    assert found["bytes_per_token"] == pytest.approx(found["bytes"] / found["num_scored"])
+    code, out, err = run("store", "inspect", "store")
+    assert (code, out) == (0, "") and "exact, serves every temperature" in err and "5 conversations" in err
+    assert works("store", "verify", "store") == {
+        "store": "store",
+        "shards": 3,
+        "bytes": found["bytes"] - Path("store/manifest.json").stat().st_size,
+    }
+    shard = Path("store/shard-00001.parquet")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:50] + b"!" + content[51:])
+    assert refused("store", "verify", "store").startswith("store/shard-00001.parquet: found SHA-256 ")
+    assert works("store", "repair", *capture, "--out", "store")["repaired"] == ["shard-00001.parquet"]
+    assert shard.read_bytes() == content and works("store", "repair", *capture, "--out", "store")["repaired"] == []
+    for verb in ("inspect", "verify"):
+        assert (
+            refused("store", verb, "nowhere") == "store 'nowhere': found no manifest.json, expected a folder written by `limbeck capture`"
+        )
+    assert refused("store", "repair", *capture, "--out", "new").startswith("store 'new': found no manifest.json")
 
 
 def test_a_store_that_lacks_what_a_recipe_asks_for(refused, works, teacher_dir):

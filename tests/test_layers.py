@@ -34,6 +34,8 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("8", ("check", "show", "plan", "assets", "init", "schema")),
     ("8", ("export",)),
     ("8", ("demo",)),
+    ("8", ("cli_options",)),
+    ("8", ("cli_store",)),
     ("8", ("cli",)),
     ("top", ("", "__main__")),
 )

@@ -17,7 +17,9 @@ from limbeck.errors import DataError, LimbeckError, ModelError, RecipeError, Sto
 from limbeck.objectives.base import Needs
 from limbeck.recipe import Recipe, check_files, load_recipe, parse_recipe
 from limbeck.spec import merge
-from limbeck.store.manifest import Manifest, StoredFile, TeacherIdentity, write_manifest
+from limbeck.store import Exact
+from limbeck.store.hidden import Float32
+from limbeck.store.manifest import Manifest, TeacherIdentity, write_manifest
 
 MODEL = {"num_hidden_layers": 4, "hidden_size": 32}
 
@@ -33,12 +35,10 @@ def write_store(path, layers=(), num_layers=6, width=48):
     teacher = TeacherIdentity(
         name="t", revision=None, dtype="float32", weights_sha256="0", num_layers=num_layers, width=width, head_scale=1.0, head_soft_cap=None
     )
-    head = StoredFile(name="head.safetensors", bytes=1, sha256="0")
+    kept = {"codec": Exact(), "temperatures": None, "hidden": Float32(), "head": None, "model": None}
+    tokens = {"vocabulary": 9, "vocabulary_hash": "0", "template_hash": None, "byte_offsets": True}
     path.mkdir(parents=True)
-    write_manifest(
-        path, Manifest(teacher=teacher, vocabulary=9, vocabulary_hash="0", template_hash=None, layers=layers, head=head, packages={})
-    )
-    return str(path)
+    write_manifest(path, Manifest(teacher=teacher, layers=layers, packages={}, **kept, **tokens))
 
 
 @pytest.fixture

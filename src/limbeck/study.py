@@ -24,7 +24,8 @@ from limbeck.objectives.base import Needs, needs_of
 from limbeck.recipe import Recipe, check_files, parse_recipe
 from limbeck.report.collect import REFERENCES
 from limbeck.run import Run, differences, write_json
-from limbeck.spec import Spec, load_yaml, merge, override, validate
+from limbeck.spec import Spec, load_yaml, member_of, merge, override, validate
+from limbeck.store import Codec, Exact, HiddenCodec
 from limbeck.teachers import ModelTeacher
 
 if TYPE_CHECKING:
@@ -42,10 +43,16 @@ _OF_THE_STUDY = {
 class TeacherCapture(Spec):
     """How the teacher is captured for all arms. Which blocks are stored follows from what the arms map."""
 
+    codec: member_of(Codec) = Exact()  # type: ignore[valid-type]
+    """How the teacher's output is kept."""
+    hidden: member_of(HiddenCodec) | None = None  # type: ignore[valid-type]
+    """How hidden states are kept; in the teacher's dtype where it is not set."""
     batch_size: int = Field(8, gt=0)
     """Conversations per forward of the teacher."""
     samples_per_shard: int = Field(256, gt=0)
     """Conversations per file: what a kill can cost."""
+    calibrate_on: int = Field(64, gt=0)
+    """Conversations of the source on which codecs are fitted, at most half of them. What is lost is measured on others."""
 
 
 class Study(Spec):
@@ -152,9 +159,9 @@ def _run(study: Study, recipes: dict[str, Recipe], path: Path, seconds: dict[str
     from limbeck import distributed
     from limbeck.trainer import train
 
-    if study.capture and world.is_main and not _is_captured(path):
+    if study.capture and not _is_captured(path):
         with _phase("capture", seconds):
-            _capture(study.capture, recipes, path)
+            _capture(study.capture, recipes, path, world)
     distributed.barrier(world)
     if world.is_main:
         for name in _missing_references(study, recipes, path):
@@ -189,7 +196,7 @@ def _is_captured(path: Path) -> bool:
     return bool(Run(path).read_json("capture.json", {}).get("complete")) and (path / "teacher").is_dir()
 
 
-def _capture(spec: TeacherCapture, recipes: dict[str, Recipe], path: Path) -> None:
+def _capture(spec: TeacherCapture, recipes: dict[str, Recipe], path: Path, world: World) -> None:
     """Walk every source that an arm with a teacher trains on, and keep all blocks that any arm maps. capture.json says what it took."""
     from limbeck.capture import capture
 
@@ -197,7 +204,7 @@ def _capture(spec: TeacherCapture, recipes: dict[str, Recipe], path: Path) -> No
     took = here.read_json("capture.json", {"seconds": 0.0})
     needs = {arm: _needs(recipe) for arm, recipe in recipes.items()}
     layers = sorted({layer for its in needs.values() for layer in its.layers})
-    section = {"path": str(path / "teacher"), "layers": layers, **spec.model_dump()}
+    section = {"path": str(path / "teacher"), "layers": layers, **spec.model_dump(mode="json")}
     asking = [recipes[arm] for arm, its in needs.items() if its.anything] or list(recipes.values())[:1]
     sources = {recipe.source.model_dump_json(): recipe for recipe in asking}
     start = time.perf_counter()
@@ -208,7 +215,8 @@ def _capture(spec: TeacherCapture, recipes: dict[str, Recipe], path: Path) -> No
         took = took | {"layers": list(manifest.layers), "complete": True}
     finally:
         # a capture that was stopped goes on where it was, and so does its clock
-        here.write_json("capture.json", took | {"seconds": took["seconds"] + time.perf_counter() - start})
+        if world.is_main:
+            here.write_json("capture.json", took | {"seconds": took["seconds"] + time.perf_counter() - start})
 
 
 def _needs(recipe: Recipe) -> Needs:
@@ -253,7 +261,7 @@ def _measure(name: str, teacher: ModelTeacher | None, recipe: Recipe, out: Path,
 def _claim(study: Study, recipes: dict[str, Recipe], path: Path) -> None:
     """Take the directory for this study. What would change a run must be as it was; name, question, seeds and references may differ."""
     resolved = {arm: {key: value for key, value in recipe.to_json().items() if key != "seed"} for arm, recipe in recipes.items()}
-    captured = study.capture is not None
+    captured = study.capture.model_dump(mode="json", include={"codec", "hidden", "calibrate_on"}) if study.capture else None
     file = path / "study.json"
     if file.is_file():
         there = Run(path).read_json("study.json")

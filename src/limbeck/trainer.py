@@ -39,6 +39,7 @@ from limbeck.sources.base import OpenSource, microbatches
 from limbeck.student import build as build_student
 from limbeck.teachers import Scorer
 from limbeck.tokens.identity import template_hash, vocabulary, vocabulary_hash
+from limbeck.tokens.pack import most_scored
 
 
 def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overrides: Iterable[str] = ()) -> Run:
@@ -100,7 +101,7 @@ def assemble(recipe: Recipe, student: Any, tokenizer: Any, source: OpenSource, w
         num_tokens,
         teacher_layers=scorer.num_layers if scorer else 0,
         teacher_width=scorer.width if scorer else 0,
-        chunks=num_chunks(spec.micro_batch_size * max(longest, spec.pack_length or 0), num_tokens, spec.head_memory_mb),
+        chunks=num_chunks(most_scored(source.samples, spec.micro_batch_size, spec.pack_length), num_tokens, spec.head_memory_mb),
         fused=spec.head == "fused",
         seed=recipe.seed,
     ).to(world.device)
@@ -175,12 +176,20 @@ def _loop(
     first, tokens, spent = state["step"], state["tokens"], state["seconds"]
     wrapped = distributed.wrap(learner, world)
     score = scorer.score if scorer is not None else lambda batch: Signal()
+    expect = scorer.expect if scorer is not None else lambda batches: None
     if world.is_main:
         _forget_after(run, first)
     if first:
         say(f"{run.path}: resuming after step {first} of {num_steps}")
+
+    def batches_at(step: int) -> list[Batch]:
+        samples = source.at(step, spec.batch_size)
+        return microbatches(samples, spec.micro_batch_size, world.rank, world.size, pad_id, spec.pack_length)
+
     learner.train()
     reset_peak_memory()
+    upcoming = batches_at(first) if first < num_steps else []
+    expect(upcoming)
     report_to = spec.report_to if world.is_main else ()
     name = "/".join(run.path.parts[-2:])
     with trackers.tracking(report_to, run, first) as report, progress(f"train {name}", num_steps, first) as bar:
@@ -190,8 +199,8 @@ def _loop(
             rate = spec.optimizer.rate(step, num_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            samples = source.at(step, spec.batch_size)
-            batches = microbatches(samples, spec.micro_batch_size, world.rank, world.size, pad_id, spec.pack_length)
+            batches, upcoming = upcoming, batches_at(step + 1) if step + 1 < num_steps else []
+            expect(upcoming)
             try:
                 result = optimizer_step(wrapped, terms, batches, score, optimizer, spec, world)
             except RunError as error:

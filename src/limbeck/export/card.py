@@ -16,7 +16,7 @@ from limbeck.cache import resolve_model
 from limbeck.errors import LimbeckError
 from limbeck.report.collect import TEACHER_NLL
 from limbeck.run import Run
-from limbeck.store.manifest import folder_of, read_manifest
+from limbeck.store.manifest import read_manifest
 
 TEMPLATE = Path(__file__).parent / "card.md.j2"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -119,7 +119,7 @@ def _models(recipe: dict[str, Any]) -> dict[str, str]:
         models["teacher"] = teacher["model"]
     elif teacher["type"] == "store":
         try:
-            models["teacher"] = read_manifest(folder_of(teacher["path"])).teacher.name
+            models["teacher"] = read_manifest(teacher["path"]).teacher.name
         except LimbeckError:  # a capture that is not there any more
             models["teacher"] = teacher["path"]
     return models

@@ -1,1 +1,12 @@
-"""Store: a capture of a teacher on disk that describes itself. Keyed by sample id and token offset, never by row or step."""
+"""Store: a capture of a teacher on disk that describes itself. Keyed by sample id and token offset, never by row or step.
+
+codec, hidden   what is kept of the teacher, as bytes       place     a folder here, or one behind a URL
+shard, offsets  the Parquet file that holds those bytes     manifest  what a capture says of itself
+plan            which samples make up which shard           verify    whether a store is what it was
+writer, reader  a capture being written, and being used
+"""
+
+from limbeck.store.codec import Codec, Exact
+from limbeck.store.hidden import HiddenCodec
+
+__all__ = ["Codec", "Exact", "HiddenCodec"]

@@ -1,99 +1,138 @@
-"""Writing a capture: shards appear whole or not at all, and a capture that was stopped goes on where it was."""
+"""Writing a capture. A worker writes shards of its own, each whole or not at all, with an entry beside it that the manifest takes over."""
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from limbeck.batch import Batch, Signal
-from limbeck.errors import StoreError
+from limbeck.errors import RunError, StoreError
 from limbeck.objectives.head import Head
-from limbeck.run import fsync_dir
+from limbeck.run import fsync_dir, write_json
+from limbeck.store.codec import to_bytes
 from limbeck.store.manifest import (
+    ENTRY,
     HEAD,
     MANIFEST,
+    MODEL,
     Manifest,
-    Shard,
     StoredFile,
-    check_file,
     describe_file,
     read_manifest,
-    refuse_foreign,
-    write_manifest,
 )
+from limbeck.store.offsets import pack_spans
+from limbeck.store.shard import Row, write_shard
+
+AHEAD = 2
+"""Batches that may wait to be encoded while the teacher computes the next."""
 
 
 class StoreWriter:
-    """Collects signals and publishes a shard as soon as `samples_per_shard` are there. What is in the store already, its caller knows."""
+    """Encodes and writes in a thread beside the teacher. To be used as a context: it ends when everything is on the disk."""
 
-    def __init__(self, path: Path, identity: Manifest, samples_per_shard: int = 256) -> None:
-        self.path, self.samples_per_shard = path, samples_per_shard
-        self._pending: list[dict[str, Tensor]] = []
-        self._taken: set[int] = set()
-        self.manifest = _continue(path, identity)
+    def __init__(self, folder: Path, manifest: Manifest, head: Head, model: Mapping[str, Tensor]) -> None:
+        self.folder, self.manifest, self.head = folder, manifest, head
+        self.model = part_of(model, "output")
+        self.hidden_models = {layer: part_of(model, f"hidden.{layer}") for layer in manifest.layers}
+        self._rows: list[Row] = []
+        self._work: deque[Future[None]] = deque()
+        self._thread = ThreadPoolExecutor(1)
 
-    def add(self, batch: Batch, signal: Signal) -> None:
-        """Take the signal of every sample of a batch, once per sample id."""
-        flat_ids, flat_offsets, documents = batch.sample_ids.flatten(), batch.offsets.flatten(), batch.document_ids.flatten()
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        try:
+            while self._work and kind is None:
+                self._work.popleft().result()
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+
+    def add(self, batch: Batch, signal: Signal, layers: Sequence[frozenset[int]], spelling: Sequence[np.ndarray | None]) -> None:
+        """Take a batch of one sample per row, for the shard that is ended next; of each sample the states of its `layers`, and the bytes
+        that each of its tokens is of the text, where that is known."""
+        self._do(self._encode, batch, signal, layers, spelling)
+
+    def end_shard(self, number: int) -> None:
+        """Publish what was taken since the last one."""
+        self._do(self._publish, number)
+
+    def _do(self, function: Any, *arguments: Any) -> None:
+        while len(self._work) >= AHEAD:
+            self._work.popleft().result()
+        self._work.append(self._thread.submit(function, *arguments))
+
+    @torch.no_grad()
+    def _encode(self, batch: Batch, signal: Signal, layers: Sequence[frozenset[int]], spelling: Sequence[np.ndarray | None]) -> None:
         assert signal.output is not None and signal.observed is not None
-        # by document, as a sample may come twice in a batch
-        for document in documents[batch.represented].unique().tolist():
-            rows, states = documents[batch.scored] == document, documents[batch.represented] == document
-            sample_id = int(flat_ids[batch.represented][states][0])
-            if sample_id in self._taken:
-                continue
-            self._taken.add(sample_id)
-            entry = {
-                "sample_id": torch.tensor([sample_id]),
-                "offset": flat_offsets[batch.scored][rows].to(torch.int32),
-                "output": signal.output[rows],
-                "observed": signal.observed[rows],
-            }
-            entry.update({f"hidden.{layer}": state[states] for layer, state in signal.hidden.items()})
-            self._pending.append(_first_copy(entry))
-        # only here, so that a batch is in the store whole or not at all
-        if len(self._pending) >= self.samples_per_shard:
-            self.flush()
-
-    def flush(self) -> None:
-        """Publish what is pending as a shard."""
-        if not self._pending:
-            return
-        names = set(self._pending[0])
-        batch = [entry for entry in self._pending if set(entry) == names]
-        self._pending = [entry for entry in self._pending if set(entry) != names]
-        hidden = [name for name in sorted(names) if name.startswith("hidden.")]
-        tensors = {name: torch.cat([entry[name] for entry in batch]) for name in ("sample_id", "offset", "output", "observed", *hidden)}
-        tensors["scored_starts"] = _starts([len(entry["offset"]) for entry in batch])
-        if hidden:
-            tensors["represented_starts"] = _starts([len(entry[hidden[0]]) for entry in batch])
-        file = write_tensors(self.path / f"shard-{len(self.manifest.shards):05d}.safetensors", tensors)
-        shard = Shard(
-            **describe_file(file).model_dump(),
-            num_samples=len(batch),
-            num_scored=len(tensors["offset"]),
-            num_represented=len(tensors[hidden[0]]) if hidden else 0,
+        width, num_rows = batch.input_ids.shape[1], len(layers)
+        scored, represented = (
+            torch.bincount((positions // width).cpu(), minlength=num_rows).tolist() for positions in (batch.scored, batch.represented)
         )
-        self.manifest = self.manifest.model_copy(update={"shards": (*self.manifest.shards, shard)})
-        write_manifest(self.path, self.manifest)
-        self.flush()
+        outputs = self.manifest.codec.encode(self.head, self.model, signal.output, scored)
+        observed = signal.observed.to(torch.float16).split(scored)
+        states = {layer: state.split(represented) for layer, state in signal.hidden.items()}
+        offsets = [part.numpy() for part in batch.offsets.flatten()[batch.scored].cpu().split(scored)]
+        for i, (wanted, lengths) in enumerate(zip(layers, spelling, strict=True)):
+            hidden = {layer: self.manifest.hidden.encode(self.hidden_models[layer], states[layer][i]) for layer in sorted(wanted)}
+            row = Row(
+                sample_id=int(batch.sample_ids[i, 0]),
+                offsets=offsets[i],
+                num_represented=represented[i] if wanted else 0,
+                output=outputs[i],
+                observed=to_bytes(observed[i]),
+                byte_offsets=None if lengths is None else pack_spans(lengths, offsets[i]),
+                hidden=hidden,
+            )
+            self._rows.append(row)
+
+    def _publish(self, number: int) -> None:
+        rows, self._rows = self._rows, []
+        shard = write_shard(self.folder / f"shard-{number:05d}.parquet", rows, self.manifest.layers)
+        write_entry(self.folder, f"shard-{number:05d}.json", shard.model_dump(mode="json"))
 
 
-def write_head(path: Path, head: Head) -> StoredFile:
+def write_entry(folder: Path, name: str, tree: Any) -> None:
+    try:
+        write_json(folder / name, tree)
+    except RunError as error:
+        raise StoreError(f"{error}; what was written before it stays usable") from error
+
+
+def collect(folder: Path) -> Manifest:
+    """Take the entries of all workers into the manifest, which from then on speaks for all shards."""
+    manifest = read_manifest(folder)
+    entries = [file for file in folder.glob("*.json") if ENTRY.fullmatch(file.name)]
+    if entries:
+        write_entry(folder, MANIFEST, manifest.model_dump(mode="json"))
+        for file in entries:
+            file.unlink()
+    return manifest
+
+
+def write_head(folder: Path, head: Head) -> StoredFile:
     """The teacher's head, in bfloat16 where that loses nothing (weights that were published in it)."""
     tensors = {"weight": head.weight} if head.bias is None else {"weight": head.weight, "bias": head.bias}
-    return describe_file(write_tensors(path / HEAD, {name: _smallest(value.detach()) for name, value in tensors.items()}))
+    return write_tensors(folder / HEAD, {name: _smallest(value.detach().cpu()) for name, value in tensors.items()})
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> Path:
+def write_model(folder: Path, model: Mapping[str, Tensor]) -> StoredFile | None:
+    """What the codecs calibrated; None where that is nothing."""
+    return write_tensors(folder / MODEL, model) if model else None
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
     """A safetensors file that is there whole or not at all, also after a crash."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
@@ -109,44 +148,12 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> Path:
     finally:
         with suppress(OSError):
             temporary.unlink()
-    return file
+    return describe_file(file)
 
 
-def _continue(path: Path, identity: Manifest) -> Manifest:
-    """The manifest to go on with: the one in `path` if it describes the same capture, else the new one."""
-    refuse_foreign(path)
-    if not (path / MANIFEST).is_file():
-        write_manifest(path, identity)
-        return identity
-    found = read_manifest(path)
-    ours, theirs = _comparable(identity), _comparable(found)
-    for field in ours:
-        if ours[field] != theirs[field]:
-            raise StoreError(
-                f"store {str(path)!r}: holds another capture: {field} is {theirs[field]!r}, this recipe needs {ours[field]!r}. "
-                "Set capture.path to a new folder, or delete this one"
-            )
-    for file in (found.head, *found.shards):
-        check_file(path, file)
-    for leftover in path.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
-    return found
-
-
-def _comparable(manifest: Manifest) -> dict[str, Any]:
-    """What must be equal for a capture to go on. A teacher is told by its weights; its name may be another path to them."""
-    fields = manifest.model_dump(exclude={"teacher", "shards", "packages", "head"})
-    teacher = manifest.teacher.model_dump(exclude={"name", "revision"})
-    return {**{f"teacher.{name}": value for name, value in teacher.items()}, **fields}
-
-
-def _starts(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0)
-
-
-def _first_copy(entry: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU and free of the batch's memory."""
-    return {name: value.detach().cpu().clone() for name, value in entry.items()}
+def part_of(model: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of model.safetensors that belong to a codec: `output.*`, or `hidden.<block>.*`."""
+    return {name[len(prefix) + 1 :]: value for name, value in model.items() if name.startswith(f"{prefix}.")}
 
 
 def _smallest(value: Tensor) -> Tensor:

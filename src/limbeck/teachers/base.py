@@ -40,6 +40,10 @@ class Scorer(Protocol):
         """The Signal for a batch, with the fields that were asked for when the teacher was opened."""
         ...
 
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Batches that will be scored next, in this order: one who reads from disk may begin. Nothing depends on it but time."""
+        ...
+
     def require(self, samples: Sequence[Sample]) -> None:
         """Refuse samples that this teacher cannot score (a capture that lacks them); says the share missing."""
         ...

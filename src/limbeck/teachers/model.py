@@ -73,6 +73,9 @@ class ModelScorer:
 
         verify_packing(self.model)
 
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """A forward cannot be done ahead."""
+
     def score(self, batch: Batch) -> Signal:
         import torch
 

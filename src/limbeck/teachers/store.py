@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from limbeck.errors import StoreError
 from limbeck.objectives.base import Needs
-from limbeck.store.manifest import folder_of, read_manifest
+from limbeck.store.manifest import read_manifest
 from limbeck.teachers.base import Provides, Teacher
 from limbeck.tokens.sample import Sample
 
@@ -18,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class StoreTeacher(Teacher):
-    """A folder written by `limbeck capture`."""
+    """What `limbeck capture` wrote."""
 
     type: Literal["store"] = "store"
     path: str
-    """The capture. It must hold every token that this recipe scores."""
+    """The capture: a folder, or a URL that fsspec reads. It must hold every token that this recipe scores."""
 
     def provides(self) -> Provides:
-        manifest = read_manifest(folder_of(self.path))
+        manifest = read_manifest(self.path)
         return Provides(
             output=True, layers=frozenset(manifest.layers), num_layers=manifest.teacher.num_layers, width=manifest.teacher.width
         )
@@ -34,7 +33,7 @@ class StoreTeacher(Teacher):
         from limbeck.store.reader import StoreReader
         from limbeck.tokens.identity import template_hash, vocabulary_hash
 
-        reader = StoreReader(folder_of(self.path))
+        reader = StoreReader(self.path, device)
         manifest = reader.manifest
         for field, found in (("vocabulary_hash", vocabulary_hash(tokenizer)), ("template_hash", template_hash(tokenizer))):
             expected = getattr(manifest, field)
@@ -48,24 +47,25 @@ class StoreTeacher(Teacher):
                 f"store {self.path!r}: holds the states of blocks {list(manifest.layers)}, this recipe needs {lacking} too; "
                 "capture again with capture.layers, or map those"
             )
-        return StoreScorer(reader, needs, device)
+        return StoreScorer(reader, needs)
 
 
 class StoreScorer:
     """Looks a batch up in a capture."""
 
-    def __init__(self, reader: StoreReader, needs: Needs, device: str) -> None:
+    def __init__(self, reader: StoreReader, needs: Needs) -> None:
         teacher = reader.manifest.teacher
         self.name, self.num_layers, self.width = teacher.name, teacher.num_layers, teacher.width
         self.vocabulary = reader.manifest.vocabulary
         self.reader, self.needs = reader, needs
-        self.head = reader.head(device) if needs.output else None
+        if needs.output:
+            reader.head()  # a damaged one shows here, and not at the first step
 
     def require(self, samples: Sequence[Sample]) -> None:
         lacking, total = self.reader.missing(samples, self.needs)
         if lacking:
             raise StoreError(
-                f"store {str(self.reader.path)!r}: lacks {lacking} of {total} tokens that this recipe asks for ({lacking / total:.1%}): "
+                f"store {str(self.reader.place)!r}: lacks {lacking} of {total} tokens that this recipe asks for ({lacking / total:.1%}): "
                 "it was captured from other data, or with a smaller source.max_length. Capture again with this recipe's source"
             )
 
@@ -73,4 +73,7 @@ class StoreScorer:
         """Tokens are looked up by their sample, in whatever row they stand."""
 
     def score(self, batch: Batch) -> Signal:
-        return replace(self.reader.read(batch, self.needs), teacher_head=self.head)
+        return self.reader.read(batch, self.needs)
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        self.reader.expect(batches, self.needs)

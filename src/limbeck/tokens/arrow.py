@@ -1,4 +1,4 @@
-"""Parquet and Arrow files: the adapter of pyarrow, an optional package."""
+"""Parquet and Arrow files, by pyarrow."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import DataError
-from limbeck.tokens.files import EXTRA
 
 ROWS_AT_ONCE = 1024
 
 
 def arrow_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file, or of an Arrow (Feather) file or stream."""
-    try:
-        import pyarrow as pa
-        from pyarrow import ipc, parquet
-    except ImportError:
-        raise DataError(f"{path}: Parquet and Arrow files need pyarrow, which is not installed; {EXTRA}") from None
+    import pyarrow as pa
+    from pyarrow import ipc, parquet
+
     try:
         if path.suffix.lower() == ".parquet":
             with parquet.ParquetFile(path) as file:

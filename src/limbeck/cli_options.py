@@ -1,0 +1,41 @@
+"""What several verbs of the command line share: arguments, how a recipe is read, and what is printed at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key.path=value.", metavar="[KEY=VALUE]...")]
+StoreOut = Annotated[Path | None, typer.Option(help="Folder of the store; overrides capture.path.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")]
+
+
+def read_recipe(path: Path, overrides: list[str] | None) -> Any:
+    """A recipe whose own checks, and those of the files that it names, have passed; torch is not loaded yet."""
+    from limbeck.recipe import load_recipe, require_files
+
+    parsed = load_recipe(path, overrides or [])
+    require_files(parsed, str(path))
+    return parsed
+
+
+def read_capture(path: Path, overrides: list[str] | None, out: Path | None) -> Any:
+    """A recipe that captures, into `out` where it is given."""
+    parsed = read_recipe(path, [*(overrides or []), *([f"capture.path={json.dumps(str(out))}"] if out else [])])
+    parsed.for_capture()
+    return parsed
+
+
+def captured(recipe: Any, manifest: Any) -> dict[str, Any]:
+    """What a program wants to know of a capture."""
+    counts = {"samples": manifest.num_samples, "scored_tokens": manifest.num_scored, "bytes": manifest.num_bytes}
+    return {"store": recipe.capture.path, **counts, "layers": list(manifest.layers)}
+
+
+def finish(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))

@@ -1,0 +1,64 @@
+"""Inspecting a capture: what its manifest says, in numbers for programs and lines for people. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from limbeck.store.manifest import MANIFEST, read_manifest
+from limbeck.store.place import Place
+
+
+def summary(path: str | Path) -> dict[str, Any]:
+    """What a store holds. `bytes_per_token` counts everything that lies on the disk, per scored token."""
+    place = Place(path)
+    manifest = read_manifest(place)
+    size = manifest.num_bytes + (place.size(MANIFEST) or 0)
+    tree = manifest.model_dump(mode="json", exclude={"shards", "passes", "format", "calibrated_on"})
+    counts = {
+        "store": str(place),
+        "complete": not manifest.num_missing,
+        "num_shards": len(manifest.shards),
+        "num_shards_missing": manifest.num_missing,
+        "num_samples": manifest.num_samples,
+        "num_scored": manifest.num_scored,
+        "num_represented": sum(shard.num_represented for shard in manifest.shards),
+        "bytes": size,
+        "bytes_per_token": size / manifest.num_scored if manifest.num_scored else None,
+    }
+    return counts | tree
+
+
+def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """A summary for people."""
+    teacher = found["teacher"]
+    revision = f" at {teacher['revision']}" if teacher["revision"] else ""
+    shown = [
+        ("teacher", f"{teacher['name']}{revision}, {teacher['dtype']}, weights {teacher['weights_sha256'][:12]}"),
+        ("codec", _settings(found["codec"]) + ", " + _temperatures(found["temperatures"])),
+        ("holds", f"{found['num_samples']:,} conversations, {found['num_scored']:,} scored tokens in {found['num_shards']:,} shards"),
+        ("size", _size(found)),
+    ]
+    if found["num_shards_missing"]:
+        shown.append(("missing", f"{found['num_shards_missing']:,} shards; start the capture again, and it goes on"))
+    if found["layers"]:
+        errors = ", ".join(f"{layer}: {found['hidden_error'].get(str(layer), 0.0):.2%}" for layer in found["layers"])
+        shown.append(("hidden states", f"{_settings(found['hidden'])}, {found['num_represented']:,} tokens; error by block {errors}"))
+    shown.append(("text", "each target's bytes are known" if found["byte_offsets"] else "not known where the targets stand in it"))
+    template = (found["template_hash"] or "none")[:12]
+    shown.append(("tokenizer", f"{found['vocabulary']:,} tokens, {found['vocabulary_hash'][:12]}, template {template}"))
+    shown.append(("written by", ", ".join(f"{name} {version}" for name, version in found["packages"].items())))
+    return shown
+
+
+def _settings(spec: dict[str, Any]) -> str:
+    return " ".join([spec["type"], *(f"{key}={value}" for key, value in spec.items() if key != "type" and value is not None)])
+
+
+def _temperatures(served: list[float] | None) -> str:
+    return "serves every temperature" if served is None else f"serves temperatures {', '.join(f'{each:g}' for each in served)}"
+
+
+def _size(found: dict[str, Any]) -> str:
+    per_token = f", {found['bytes_per_token']:.1f} bytes per scored token" if found["bytes_per_token"] else ""
+    return f"{found['bytes'] / 2**20:,.1f} MB{per_token}, with all that lies there"
