@@ -39,6 +39,7 @@ from limbeck.sources.base import OpenSource, microbatches
 from limbeck.student import build as build_student
 from limbeck.teachers import Scorer
 from limbeck.tokens.identity import template_hash, vocabulary, vocabulary_hash
+from limbeck.tokens.pack import most_scored
 
 
 def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overrides: Iterable[str] = ()) -> Run:
@@ -100,7 +101,7 @@ def assemble(recipe: Recipe, student: Any, tokenizer: Any, source: OpenSource, w
         num_tokens,
         teacher_layers=scorer.num_layers if scorer else 0,
         teacher_width=scorer.width if scorer else 0,
-        chunks=num_chunks(spec.micro_batch_size * max(longest, spec.pack_length or 0), num_tokens, spec.head_memory_mb),
+        chunks=num_chunks(most_scored(source.samples, spec.micro_batch_size, spec.pack_length), num_tokens, spec.head_memory_mb),
         fused=spec.head == "fused",
         seed=recipe.seed,
     ).to(world.device)

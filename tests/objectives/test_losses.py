@@ -216,6 +216,7 @@ OBJECTIVES = {
     "forward_kl": [Logits(weight=0.3)],
     "ce + forward_kl at T=2": [CrossEntropy(weight=0.5), Logits(weight=2.0, temperature=2.0)],
     "reverse_kl": [Logits(divergence="reverse_kl")],
+    "ce + reverse_kl": [CrossEntropy(), Logits(divergence="reverse_kl")],
     "all": [CrossEntropy(weight=0.5), Logits(weight=0.7), Logits(divergence="reverse_kl", temperature=1.5, weight=0.2)],
 }
 HEADS = {

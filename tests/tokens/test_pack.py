@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.tokens.pack import lay_out, num_positions, pack, row_tokens
+from limbeck.tokens.pack import lay_out, most_scored, num_positions, pack, row_tokens
 from limbeck.tokens.sample import Sample
 
 
@@ -67,3 +69,16 @@ def test_microbatches_are_made_of_rows(pack_length: int | None, expected: list[l
 def test_nothing_to_lay_out() -> None:
     assert pack([], 10) == lay_out([], 2, 10) == []
     assert num_positions([]) == 0
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(1, 4), st.one_of(st.none(), st.integers(1, 50)), st.randoms())
+def test_no_microbatch_has_more_scored_tokens_than_the_bound(
+    lengths: list[int], rows: int, pack_length: int | None, random: Random
+) -> None:
+    samples = [
+        Sample(sample_id=number, ids=np.zeros(length, dtype=int), is_target=np.array([random.random() < 0.5 for _ in range(length)]))
+        for number, length in enumerate(lengths)
+    ]
+    bound = most_scored(samples, rows, pack_length)
+    for microbatch in lay_out(samples, rows, pack_length):
+        assert sum(int(sample.is_target[1:].sum()) for row in microbatch for sample in row) <= bound

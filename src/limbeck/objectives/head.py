@@ -2,12 +2,14 @@
 
 `fused` computes the gradient in the chunk's forward: logits live only for one chunk, nothing is kept for backward but the ready
 gradients of hidden states and head weight, and a scored token costs three head matmuls. Because a ready gradient cannot be
-re-weighted later, the terms' scales go in. `plain` is the same mathematics by autograd over all rows at once: the reference.
+re-weighted later, the terms' scales go in. Matmuls want many rows and softmaxes few, so the matmuls take a chunk and the terms a block
+of it at a time, and turn the logits into their gradient in place. `plain` is the same mathematics by autograd over all rows at once:
+the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +18,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from limbeck.batch import Signal, TeacherHead
+from limbeck.batch import Signal
 from limbeck.errors import ModelError
 from limbeck.objectives.base import OutputTerm
 from limbeck.objectives.support import Dense, DenseTarget, Gradient, Target, TopKTarget
 
 OutputTerms = Mapping[str, OutputTerm]
-LIVE_BUFFERS = 3
-"""Tensors `[n, V]` of a chunk that are alive at once with closed forms: student's log-probabilities (which become the gradient), teacher's
-log-probabilities, and the logits of one after the other (which become the teacher's probabilities)."""
+LIVE_BUFFERS = 2
+"""Tensors `[n, V]` that a chunk keeps: the student's logits, which become their gradient, and a dense teacher's."""
+BLOCK_NUMBERS = {"cpu": 2**20}
+"""Logits of a block, by device: 4 MB a tensor, which stays in a CPU's cache; softmaxes of a whole chunk take two to five times as long."""
+BLOCK_NUMBERS_ELSEWHERE = 2**25
+"""Enough to fill an accelerator, and 128 MB a tensor."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,11 @@ class Head:
             logits = torch.addmm(bias, rows, weight.T, out=out)
         if self.scale != 1.0:
             logits = logits * self.scale if out is None else logits.mul_(self.scale)
-        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+        if self.soft_cap is None:
+            return logits
+        if out is None:
+            return self.soft_cap * torch.tanh(logits / self.soft_cap)
+        return logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
 
     def slope(self, logits: Float[Tensor, "n v"]) -> Float[Tensor, "n v"] | float:
         """d(logits)/d(output of the linear map), from the logits."""
@@ -102,33 +111,30 @@ def _sum_keys(terms: OutputTerms, signal: Signal) -> list[str]:
     return [*terms, *(["teacher_nll"] if signal.output is not None else [])]
 
 
-class _Buffers:
-    """Memory `[rows, V]` for a chunk's logits and softmaxes, taken once and used by every chunk."""
-
-    def __init__(self, rows: int, vocabulary: int, like: Tensor, count: int = LIVE_BUFFERS) -> None:
-        self._memory = [torch.empty(rows, vocabulary, dtype=torch.float32, device=like.device) for _ in range(count)]
-
-    def __call__(self, number: int, rows: int) -> Tensor:
-        return self._memory[number][:rows]
-
-
-def _target(signal: Signal, rows: slice, buffers: _Buffers | None = None) -> Target | None:
-    """The teacher of some rows on the support that the signal has."""
+def _target(signal: Signal, rows: slice, logits: Tensor | None = None) -> Target | None:
+    """The teacher of some rows on the support that the signal has; a dense one from its `logits` if they are made, which are then lost."""
     if signal.top is not None:
         top = signal.top
         return TopKTarget(top.ids[rows], top.log_probs[rows], {temperature: tail[rows] for temperature, tail in top.log_tails.items()})
     if signal.output is None or signal.teacher_head is None:
         return None
-    output = signal.output[rows]
     with torch.no_grad():
-        if buffers is None:
-            return DenseTarget(signal.teacher_head(output))
-        logits = _logits(signal.teacher_head, output, buffers(0, len(output)))
-        return DenseTarget(logits, out=buffers(2, len(output)), spare=buffers(0, len(output)))
+        return DenseTarget(signal.teacher_head(signal.output[rows])) if logits is None else DenseTarget(logits, in_place=True)
 
 
-def _logits(head: TeacherHead, rows: Tensor, out: Tensor) -> Tensor:
-    return head(rows, out) if isinstance(head, Head) else head(rows)
+def _buffers(rows: int, vocabulary: int, like: Tensor, signal: Signal) -> list[Tensor]:
+    """Memory `[rows, V]` for the student's logits and a dense teacher's, taken once and used by every chunk."""
+    count = 1 if signal.top is not None or signal.output is None else LIVE_BUFFERS
+    return [torch.empty(rows, vocabulary, dtype=torch.float32, device=like.device) for _ in range(count)]
+
+
+def _teacher_logits(signal: Signal, rows: slice, buffers: Sequence[Tensor]) -> Tensor | None:
+    """The logits of a dense teacher; None without one."""
+    if signal.top is not None or signal.output is None or signal.teacher_head is None:
+        return None
+    output, head = signal.output[rows], signal.teacher_head
+    with torch.no_grad():
+        return head(output, buffers[1][: len(output)]) if isinstance(head, Head) else head(output).float()
 
 
 def _nll(teacher: DenseTarget, targets: Tensor) -> Tensor:
@@ -156,13 +162,13 @@ class _FusedHead(torch.autograd.Function):
         wants_any = wants_hidden or wants_weight or wants_bias
         # Inside forward the arguments are detached; the head is rebuilt on them so that no graph is recorded, also under FSDP.
         head = Head(weight, bias, head.scale, head.soft_cap)
-        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight: Tensor | None = None  # the first chunk writes it, the others add: to fill it with zeros would cost a pass
         grad_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
         keys = _sum_keys(terms, signal)
         sums = torch.zeros(len(keys), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            buffers = _Buffers(-(-hidden.shape[0] // chunks), weight.shape[0], hidden)
+            buffers = _buffers(-(-hidden.shape[0] // chunks), weight.shape[0], hidden, signal)
             for rows in torch.arange(hidden.shape[0]).tensor_split(chunks):
                 if not rows.numel():
                     continue
@@ -174,10 +180,12 @@ class _FusedHead(torch.autograd.Function):
                 grad = grad.to(hidden.dtype)
                 if grad_hidden is not None:
                     torch.mm(grad, weight.to(grad.dtype), out=grad_hidden[chunk])
-                if grad_weight is not None:
-                    _add_matmul(grad_weight, grad.T, hidden[chunk])
+                if wants_weight:
+                    grad_weight = _add_matmul(grad_weight, grad.T, hidden[chunk], weight.dtype)
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
+        if wants_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
         ctx.ready = (grad_hidden, grad_weight, grad_bias)
         scale_of = torch.tensor([scales.get(key, 0.0) for key in keys], device=hidden.device)
         ctx.mark_non_differentiable(sums)
@@ -191,17 +199,19 @@ class _FusedHead(torch.autograd.Function):
             raise RuntimeError(
                 "the fused head gives its gradient away, so backward can run through it once; use the plain head to run it again"
             )
-        # in place: a copy would double the largest gradient of the step
-        scaled = [None if grad is None else grad.mul_(upstream[0].to(grad.dtype)) for grad in ready]
-        return (*scaled, None, None, None, None, None, None)
+        factor = upstream[0]
+        if factor.device.type != "cpu" or factor != 1:  # to ask an accelerator would make it wait
+            for grad in ready:
+                if grad is not None:
+                    grad.mul_(factor.to(grad.dtype))  # in place: a copy would double the largest gradient of the step
+        return (*ready, None, None, None, None, None, None)
 
 
-def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in place where the dtypes agree (bf16 rows against a float32 master weight do not)."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += (left @ right).to(total.dtype)
+def _add_matmul(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + left @ right, in place where the dtypes agree (bf16 rows against a float32 master weight do not)."""
+    if total is None:
+        return (left @ right).to(dtype)
+    return total.addmm_(left, right) if dtype == left.dtype else total.add_((left @ right).to(dtype))
 
 
 def _chunk(
@@ -213,13 +223,34 @@ def _chunk(
     terms: OutputTerms,
     scales: Mapping[str, float],
     wants_grad: bool,
-    buffers: _Buffers,
+    buffers: Sequence[Tensor],
 ) -> tuple[Tensor | None, Tensor]:
     """Gradient of the scaled loss w.r.t. the head's linear output (None where not wanted), and the sums of `_sum_keys`."""
-    logits = head(rows, buffers(0, len(rows)))
-    slope = head.slope(logits) if wants_grad and head.soft_cap is not None else head.scale
-    student = Dense(logits, out=buffers(1, len(rows)))
-    teacher = _target(signal, chunk, buffers)  # from here on the memory of the student's logits is the teacher's
+    logits = head(rows, buffers[0][: len(rows)])
+    taught = _teacher_logits(signal, chunk, buffers)
+    sums = torch.zeros(len(_sum_keys(terms, signal)), device=rows.device)
+    size = max(BLOCK_NUMBERS.get(rows.device.type, BLOCK_NUMBERS_ELSEWHERE) // logits.shape[1], 1)
+    for start in range(0, len(rows), size):
+        block = slice(start, min(start + size, len(rows)))
+        absolute = slice(chunk.start + block.start, chunk.start + block.stop)
+        teacher = _target(signal, absolute, None if taught is None else taught[block])
+        sums += _block(head, logits[block], teacher, targets[block], signal, terms, scales, wants_grad)
+    return (logits if wants_grad else None), sums
+
+
+def _block(
+    head: Head,
+    logits: Tensor,
+    teacher: Target | None,
+    targets: Tensor,
+    signal: Signal,
+    terms: OutputTerms,
+    scales: Mapping[str, float],
+    wants_grad: bool,
+) -> Tensor:
+    """The sums of `_sum_keys`; the logits become their gradient."""
+    slope = head.slope(logits) if wants_grad else 1.0
+    student = Dense(logits, in_place=True)
     sums: dict[str, Tensor] = {}
     collected = Gradient()
     if wants_grad:
@@ -229,18 +260,17 @@ def _chunk(
     by_autograd = None
     if rest:
         with torch.set_grad_enabled(wants_grad):
-            leaf = student.logits.detach().requires_grad_(wants_grad)  # shifted by its log-normaliser: no softmax sees that
+            leaf = logits.detach().requires_grad_(wants_grad)  # shifted by its log-normaliser: no softmax sees that
             values = {key: term.values(Dense(leaf), teacher, targets).sum() for key, term in rest.items()}
             sums.update({key: value.detach() for key, value in values.items()})
             if wants_grad:
                 (by_autograd,) = torch.autograd.grad(torch.stack([value * scales[key] for key, value in values.items()]).sum(), leaf)
     if isinstance(teacher, DenseTarget):
         sums["teacher_nll"] = _nll(teacher, targets)
-    order = torch.stack([sums[key] for key in _sum_keys(terms, signal)])
-    if not wants_grad:
-        return None, order
-    if by_autograd is None:
-        grad = collected.make(student)
-    else:
-        grad = by_autograd if len(rest) == len(terms) else collected.make(student).add_(by_autograd)
-    return (grad if isinstance(slope, float) and slope == 1.0 else grad.mul_(slope)), order
+    if wants_grad:
+        collected.make(student)
+        if by_autograd is not None:
+            logits.add_(by_autograd)
+        if not isinstance(slope, float) or slope != 1.0:
+            logits.mul_(slope)
+    return torch.stack([sums[key] for key in _sum_keys(terms, signal)])

@@ -21,14 +21,14 @@ LOG_ZERO = -1e30
 class Dense:
     """A distribution over the whole vocabulary, from logits `[n, V]`, in float32 whatever the model's dtype.
 
-    `out` takes the log-softmax at T=1, a buffer that nothing else uses; without it the softmax can be differentiated.
+    `in_place` normalises in the memory of the logits, which are lost; without it the softmax can be differentiated.
     """
 
-    def __init__(self, logits: Float[Tensor, "n v"], out: Float[Tensor, "n v"] | None = None) -> None:
-        if out is None:
-            self.logits = torch.log_softmax(logits.float(), dim=-1)
+    def __init__(self, logits: Float[Tensor, "n v"], in_place: bool = False) -> None:
+        if in_place:
+            self.logits = logits.sub_(logits.logsumexp(-1, keepdim=True))
         else:
-            self.logits = torch.log_softmax(logits.float(), dim=-1, out=out)
+            self.logits = torch.log_softmax(logits.float(), dim=-1)
         self._log_probs: dict[float, Tensor] = {1.0: self.logits}
         self._probs: dict[float, Tensor] = {}
 
@@ -46,19 +46,13 @@ class Dense:
 
 
 class DenseTarget(Dense):
-    """The teacher over the whole vocabulary. `spare` is a buffer for its probabilities."""
+    """The teacher over the whole vocabulary."""
 
     kind = "dense"
 
-    def __init__(self, logits: Float[Tensor, "n v"], out: Tensor | None = None, spare: Tensor | None = None) -> None:
-        super().__init__(logits, out)
+    def __init__(self, logits: Float[Tensor, "n v"], in_place: bool = False) -> None:
+        super().__init__(logits, in_place)
         self.logits.clamp_(min=LOG_ZERO)
-        self._spare = spare
-
-    def probs(self, temperature: float = 1.0, out: Tensor | None = None) -> Float[Tensor, "n v"]:
-        if temperature not in self._probs:
-            out, self._spare = out if out is not None else self._spare, None
-        return super().probs(temperature, out)
 
     def project(self, student: Dense, temperature: float = 1.0) -> Float[Tensor, "n v"]:
         return student.log_probs(temperature)
@@ -123,7 +117,8 @@ class Gradient:
         """The gradient, in the memory of the student's log-probabilities, which are lost."""
         others = [student.probs(temperature).mul_(weight) for temperature, weight in self._probs.items() if temperature != 1.0]
         weight = self._probs.get(1.0)
-        total = student.logits.zero_() if weight is None else student.probs(1.0, out=student.logits).mul_(weight)
+        # written there even where the softmax was made before, in memory of its own
+        total = student.logits.zero_() if weight is None else torch.mul(student.probs(1.0, out=student.logits), weight, out=student.logits)
         for tensor in others:
             total.add_(tensor)
         for tensor, weight in self._dense:

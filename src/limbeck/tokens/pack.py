@@ -5,6 +5,7 @@ Packing happens inside an optimizer step: the step trains on the same samples wh
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
@@ -45,6 +46,15 @@ def row_tokens(row: Row) -> int:
 def num_positions(batches: Sequence[Sequence[Row]]) -> int:
     """Positions that these microbatches compute on, padding included: each is as wide as its fullest row."""
     return sum(len(rows) * max(map(row_tokens, rows)) for rows in batches if rows)
+
+
+def most_scored(samples: Sequence[Sample], micro_batch_size: int, pack_length: int | None = None) -> int:
+    """A bound on the scored tokens of a microbatch, whatever samples meet in it."""
+    scored = [int(sample.is_target[1:].sum()) for sample in samples]
+    if pack_length is None:
+        return micro_batch_size * max(scored, default=0)
+    row_length = max(pack_length, *map(_length, samples))
+    return math.ceil(micro_batch_size * row_length * max(count / _length(sample) for count, sample in zip(scored, samples, strict=True)))
 
 
 def _length(sample: Sample) -> int:
