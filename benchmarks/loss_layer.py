@@ -26,7 +26,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-FLOORS = tuple(f"matmuls_{kind}_{rows}" for kind in ("dense", "sft") for rows in (128, 256, 512))
+FLOORS = tuple(f"matmuls_{kind}_{rows}" for kind in ("dense", "sft") for rows in (64, 128, 256, 512))
 PEERS = tuple(name for name in ("trl", "liger") if find_spec({"trl": "trl", "liger": "liger_kernel"}[name]))
 CONTESTANTS = (
     *FLOORS, "plain_all", "plain_scored", "limbeck_sft", "limbeck_dense", "limbeck_top64",

@@ -111,3 +111,26 @@ def demo_cache(demo_assets: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`demo_assets` as this test's cache."""
     monkeypatch.setenv("LIMBECK_CACHE", str(demo_assets))
     return demo_assets
+
+
+@pytest.fixture
+def disk_order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what is synced to the disk and of what is renamed ("old > new"), as it happens."""
+    seen: list[str] = []
+    fsync = os.fsync
+
+    def synced(descriptor: int) -> None:
+        seen.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def recorded(rename: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def renamed(source: Any, target: Any) -> None:
+            seen.append(f"{Path(source).name} > {Path(target).name}")
+            rename(source, target)
+
+        return renamed
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", recorded(os.rename))
+    monkeypatch.setattr(os, "replace", recorded(os.replace))
+    return seen

@@ -313,22 +313,11 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_checkpoint(tmp_path, trained, m
         assert not [name for name in names(root) if ".tmp" in name]
 
 
-def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path, trained, monkeypatch):
+def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path, trained, disk_order):
     """A name that outlives a power failure and its content would be a checkpoint of zeros."""
-    rename, fsync, seen = Path.rename, os.fsync, []
-
-    def synced(descriptor):
-        seen.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
-        fsync(descriptor)
-
-    def renamed(source, target):
-        seen.append(f"{source.name} > {target.name}")
-        return rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(Path, "rename", renamed)
+    disk_order.clear()
     path = save(tmp_path, 2, trained)
-    before, after = seen[:-2], seen[-2:]
+    before, after = disk_order[:-2], disk_order[-2:]
     assert sorted(before) == sorted([*names(path), f"{path.name}.tmp"])
     assert after == [f"{path.name}.tmp > {path.name}", tmp_path.name]
 

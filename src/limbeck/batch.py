@@ -10,7 +10,8 @@ D student width, E teacher width.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -85,3 +86,17 @@ class Signal:
     top: TopK | None = None
     hidden: Mapping[int, Float[Tensor, "r e"]] = field(default_factory=dict)
     observed: Float[Tensor, " n"] | None = None
+
+    def to(self, device: torch.device | str) -> Signal:
+        return cast(Signal, _moved(self, device))
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """All tensors in a Signal, moved."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{item.name: _moved(getattr(value, item.name), device) for item in fields(value)})
+    return value

@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -70,18 +70,25 @@ class Run:
 
 def write_json(file: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one, also after a crash."""
+    try:
+        with appearing(file) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=2, ensure_ascii=False, allow_nan=False)
+            stream.write("\n")
+    except OSError as error:
+        raise RunError(f"{file}: could not be written ({error})") from error
+
+
+@contextmanager
+def appearing(file: Path) -> Iterator[Path]:
+    """A path to write to; what was written there becomes `file` at the end, whole and durable, or, after an error, nothing does."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=2, ensure_ascii=False, allow_nan=False)
-            stream.write("\n")
-            stream.flush()
+        yield temporary
+        with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, file)
         fsync_dir(file.parent)
-    except OSError as error:
-        raise RunError(f"{file}: could not be written ({error})") from error
     finally:
         with suppress(OSError):
             temporary.unlink()

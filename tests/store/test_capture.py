@@ -272,17 +272,17 @@ def test_kills_at_random_moments_change_nothing(long_recipe, tmp_path, kills):
 
 
 def test_a_full_disk_is_named_and_what_was_written_stays_usable(base, captured, tmp_path, monkeypatch):
-    path, real, count = tmp_path / "store", shard_module.fsync_dir, 0
+    path, real, count = tmp_path / "store", shard_module._footer, 0
 
-    def full_at_the_second(folder):
+    def full_at_the_second(file):
         nonlocal count
         count += 1
         if count == 2:
             raise OSError(28, "No space left on device")
-        real(folder)
+        return real(file)
 
     with monkeypatch.context() as patch, pytest.raises(StoreError, match=r"shard-00001\.parquet: could not be written .*No space left"):
-        patch.setattr(shard_module, "fsync_dir", full_at_the_second)
+        patch.setattr(shard_module, "_footer", full_at_the_second)
         run(base, path)
     assert len(read_manifest(path).shards) == 1 and not list(path.glob(".*"))
     run(base, path)
@@ -314,25 +314,13 @@ def test_rows_that_are_there_twice_are_captured_once(base, data, tokenizer, tmp_
     StoreTeacher(path=str(tmp_path / "store")).open(tokenizer, ALL).require(samples_of(doubled, tokenizer))
 
 
-def test_a_shard_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    replace, fsync, seen = os.replace, os.fsync, []
-
-    def synced(descriptor):
-        seen.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
-        fsync(descriptor)
-
-    def replaced(source, target):
-        seen.append(f"{source.name} > {target.name}")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", replaced)
+def test_a_shard_is_on_the_disk_before_it_gets_its_name(tmp_path, disk_order):
     for name, write in (
         ("head.safetensors", lambda file: writer_module.write_tensors(file, {"a": torch.zeros(3)})),
         ("shard-00000.parquet", lambda file: write_shard(file, [Row(1, torch.arange(2).numpy(), 0, b"ab", b"cd")], ())),
     ):
-        seen.clear()
+        disk_order.clear()
         write(tmp_path / name)
         temporary = f".{name}.{os.getpid()}.tmp"
-        assert seen == [temporary, f"{temporary} > {name}", tmp_path.name]
+        assert disk_order == [temporary, f"{temporary} > {name}", tmp_path.name]
         assert (tmp_path / name).stat().st_mode & 0o077 == 0o044, "others may read a capture"

@@ -11,6 +11,7 @@ from limbeck.errors import RecipeError
 from limbeck.objectives.base import Needs
 from limbeck.objectives.head import Head
 from limbeck.objectives.support import SpreadTarget, TopKTarget
+from limbeck.recipe import parse_recipe
 from limbeck.spec import validate
 from limbeck.store import entropy
 from limbeck.store.codec import Codec
@@ -124,3 +125,14 @@ def test_a_capture_keeps_them(base, captured, data, tokenizer, tmp_path, codec):
     found = log_probs.gather(-1, signal.top.ids)
     is_kept = torch.isfinite(signal.top.log_probs)
     assert (found - signal.top.log_probs)[is_kept].abs().max() <= manifest.codec.step
+
+
+def test_a_temperature_that_was_not_kept_is_refused_with_the_recipe(base, tmp_path):
+    """Before anything is loaded, and not at the first step."""
+    path = tmp_path / "store"
+    run(base, path, "capture.codec={type: topk, k: 8, temperatures: [1, 2]}", "capture.calibrate_on=3")
+    student = {"model": base["teacher"]["model"]}
+    recipe = {"student": student, "teacher": {"type": "store", "path": str(path)}, "source": {"type": "dataset", "data": "any"}}
+    parse_recipe(recipe | {"objective": [{"type": "logits", "temperature": 2.0}]})
+    with pytest.raises(RecipeError, match=r"'logits' term: found temperature 3, .*: 1, 2; .*with 3 in capture\.codec\.temperatures"):
+        parse_recipe(recipe | {"objective": [{"type": "logits", "temperature": 3.0}]})

@@ -33,7 +33,8 @@ class Agreement(HeldOut):
 
     `kl`: KL(teacher || model), nats per token. `top1`: share of tokens at which both find the same token most likely. `nll` and
     `teacher_nll`: negative log-likelihood of the data. `ece`: expected calibration error of the model's most likely token against the
-    data's, over 10 bins of equal width.
+    data's, over 10 bins of equal width. From a capture that loses something, the teacher is what comes back; its certificate says how far
+    that is from the teacher.
     """
 
     type: Literal["agreement"] = "agreement"

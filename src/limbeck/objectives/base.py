@@ -5,7 +5,7 @@ A term returns one value per token. Counting, scaling and summing are done once,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -57,6 +57,10 @@ class OutputTerm(Term):
     """A term over the output distribution, evaluated a chunk of scored tokens at a time inside the fused head."""
 
     count: ClassVar[Count] = "scored"
+
+    def refuses(self, support: str, temperatures: Collection[float] | None) -> str | None:
+        """Why this term cannot be had of a teacher that gives its output on this support and at these temperatures (None: any)."""
+        return None
 
     def values(self, student: Dense, teacher: Target | None, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """The loss of each token, in nats."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
@@ -41,6 +42,17 @@ class Logits(OutputTerm):
     def _factor(self) -> float:
         return self.temperature**2 if self._divergence.t_squared else 1.0
 
+    def refuses(self, support: str, temperatures: Collection[float] | None) -> str | None:
+        if support not in self._divergence.supports:
+            return f"{self.divergence} is defined on {' and '.join(sorted(self._divergence.supports))}, and the teacher gives {support}"
+        if temperatures is not None and self.temperature not in temperatures:
+            there = ", ".join(f"{known:g}" for known in sorted(temperatures))
+            return (
+                f"found temperature {self.temperature:g}, expected one for which the capture stored its tail: {there}; set one of those, "
+                f"or capture again with {self.temperature:g} in capture.codec.temperatures"
+            )
+        return None
+
     def needs(self, student_layers: int, teacher_layers: int) -> Needs:
         return Needs(output=True)
 
@@ -59,10 +71,7 @@ class Logits(OutputTerm):
         return factor * form(grad, scale * factor / self.temperature, student, teacher, self.temperature)
 
     def _supported(self, teacher: Target | None) -> Target:
-        found = "no output" if teacher is None else teacher.kind
-        if teacher is None or teacher.kind not in self._divergence.supports:
-            raise RecipeError(
-                f"objective.logits: {self.divergence} is defined on {' and '.join(sorted(self._divergence.supports))}, "
-                f"and the teacher gives {found}"
-            )
+        if problem := self.refuses("no output" if teacher is None else teacher.kind, None):
+            raise RecipeError(f"objective.logits: {problem}")
+        assert teacher is not None
         return teacher

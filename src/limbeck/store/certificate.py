@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,21 +52,20 @@ def _measure(head: Head, rows: Tensor, signal: Signal) -> Tensor:
     """`[n, 5]`: the measures, and the teacher's entropy."""
     import torch
 
-    from limbeck.objectives.support import Dense, DenseTarget, SpreadTarget, TopKTarget
+    from limbeck.objectives.head import target_of
+    from limbeck.objectives.support import Dense
 
     with torch.no_grad():
+        signal = signal.to(head.weight.device)
         exact = Dense(head(rows.to(head.weight.device))).log_probs().clamp(min=-1e30)
-        probs, mass = exact.exp(), torch.ones(len(rows))
-        if signal.top is None:
-            assert signal.output is not None and signal.teacher_head is not None
-            kept = DenseTarget(signal.teacher_head(signal.output.to(exact.device))).log_probs()
-        else:
-            top, device = signal.top, exact.device
-            is_kept = torch.isfinite(top.log_probs).to(device)
-            mass = (probs.gather(-1, top.ids.to(device)) * is_kept).sum(-1)
-            prior = {1.0: torch.zeros(exact.shape[1]) if top.log_priors is None else top.log_priors[1.0]}
-            target = TopKTarget(top.ids.to(device), top.log_probs.to(device), {1.0: top.log_tails[1.0].to(device)})
-            kept = SpreadTarget(target, {1.0: prior[1.0].to(device)}).log_probs()
+        probs, mass = exact.exp(), torch.ones(len(rows), device=head.weight.device)
+        if signal.top is not None:
+            mass = (probs.gather(-1, signal.top.ids) * torch.isfinite(signal.top.log_probs)).sum(-1)
+            if signal.top.log_priors is None:
+                signal = replace(signal, top=replace(signal.top, log_priors={1.0: torch.zeros_like(exact[0])}))
+        teacher = target_of(signal, slice(None))
+        assert teacher is not None
+        kept = teacher.log_probs()
         columns = [
             (probs * (exact - kept)).sum(-1),
             (probs - kept.exp()).abs().sum(-1),

@@ -6,9 +6,9 @@ Who knows which batches come next says so (`expect`), and a thread reads and dec
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -123,7 +123,7 @@ class StoreReader:
         future = self._coming.pop(_key(batch, needs), None)
         self._read_ahead()
         signal = self._read(batch, needs) if future is None else future.result()
-        return signal if batch.input_ids.device.type == "cpu" else _to(signal, batch.input_ids.device)
+        return signal if batch.input_ids.device.type == "cpu" else signal.to(batch.input_ids.device)
 
     def observed(self, sample_id: int) -> Observed:
         """What the teacher said of the tokens of a sample, in the entry that has most of them."""
@@ -232,14 +232,3 @@ def _segments(batch: Batch, positions: Tensor) -> list[_Segment]:
 def _key(batch: Batch, needs: Needs) -> Any:
     """What a batch asks for; equal for a copy on another device."""
     return (*(getattr(batch, name).cpu().numpy().tobytes() for name in ("sample_ids", "offsets", "scored")), needs)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """All tensors in a Signal, moved."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _to(item, device) for key, item in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{item.name: _to(getattr(value, item.name), device) for item in fields(value)})
-    return value

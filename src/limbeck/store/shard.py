@@ -13,7 +13,6 @@ import io
 import json
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from limbeck.errors import StoreError
-from limbeck.run import fsync_dir
+from limbeck.run import appearing
 from limbeck.store.manifest import AGAIN, Shard, check_digest, check_size, describe_file
 from limbeck.store.offsets import pack_offsets, unpack_offsets
 from limbeck.store.place import Place
@@ -83,28 +82,19 @@ def write_shard(file: Path, rows: Sequence[Row], layers: Iterable[int]) -> Shard
     cells = [row.cells for row in rows]
     compression = {name: "ZSTD" if _shrinks(cell.get(name) for cell in cells) else "NONE" for name in names} | {"sample_id": "NONE"}
     groups = _groups(rows)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     settings = {"use_dictionary": False, "write_statistics": False, "write_page_checksum": True, "store_schema": False}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as stream:
-            with pq.ParquetWriter(stream, schema, compression=compression, **settings) as writer:
+        with appearing(file) as temporary:
+            # through a stream of Python's, whose errors are OSErrors
+            with open(temporary, "wb") as stream, pq.ParquetWriter(stream, schema, compression=compression, **settings) as writer:
                 for start, end in groups:
                     part = cells[start:end]
                     columns = {name: [cell.get(name) for cell in part] for name in schema.names}
                     writer.write_table(pa.table(columns, schema=schema), row_group_size=GROUP_ROWS)
                 writer.add_key_value_metadata({INDEX: _write_index(rows, [end - start for start, end in groups])})
-            stream.flush()
-            os.fsync(stream.fileno())
-        described = describe_file(temporary)
-        footer = _footer(temporary)
-        os.replace(temporary, file)
-        fsync_dir(file.parent)
+            described, footer = describe_file(temporary), _footer(temporary)
     except OSError as error:
         raise StoreError(f"{file}: could not be written ({error}); what was written before it stays usable") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
     return Shard(
         name=file.name,
         bytes=described.bytes,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from torch import Tensor
 from limbeck.batch import Batch, Signal
 from limbeck.errors import RunError, StoreError
 from limbeck.objectives.head import Head
-from limbeck.run import fsync_dir, write_json
+from limbeck.run import appearing, write_json
 from limbeck.store.codec import to_bytes
 from limbeck.store.manifest import (
     ENTRY,
@@ -134,20 +132,12 @@ def write_model(folder: Path, model: Mapping[str, Tensor]) -> StoredFile | None:
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> StoredFile:
     """A safetensors file that is there whole or not at all, also after a crash."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
-        temporary.chmod(0o644)  # safetensors writes files that only their owner can read; captures are shared
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-        fsync_dir(file.parent)
+        with appearing(file) as temporary:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+            temporary.chmod(0o644)  # safetensors writes files that only their owner can read; captures are shared
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{file}: could not be written ({error}); what was written before it stays usable") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
     return describe_file(file)
 
 

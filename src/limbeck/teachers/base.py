@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 class Provides:
     """What a teacher can say, as far as it is known without loading it.
 
-    `layers` are the blocks whose states it can give; None where that is not known before it is loaded. `width` is E.
+    `layers` are the blocks whose states it can give; None where that is not known before it is loaded. `width` is E. Its output comes on a
+    `support`, at `temperatures`, or at any where that is None.
     """
 
     output: bool = False
+    support: str = "dense"
+    temperatures: tuple[float, ...] | None = None
     layers: frozenset[int] | None = frozenset()
     num_layers: int | None = None
     width: int | None = None

@@ -26,7 +26,12 @@ class StoreTeacher(Teacher):
     def provides(self) -> Provides:
         manifest = read_manifest(self.path)
         return Provides(
-            output=True, layers=frozenset(manifest.layers), num_layers=manifest.teacher.num_layers, width=manifest.teacher.width
+            output=True,
+            support=manifest.codec.support,
+            temperatures=manifest.temperatures,
+            layers=frozenset(manifest.layers),
+            num_layers=manifest.teacher.num_layers,
+            width=manifest.teacher.width,
         )
 
     def open(self, tokenizer: Any, needs: Needs, device: str = "cpu") -> StoreScorer:
