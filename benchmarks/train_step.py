@@ -12,8 +12,8 @@ of the process from then on, with everything that it imported.
 
 All train on the same token ids and targets in the same microbatches with the same optimizer, so losses must agree where they are defined
 alike; the output says whether they do. TRL gets tokens and labels ready made (its own rendering is not measured), and neither gradient
-checkpointing nor bf16, its defaults. What differs: TRL passes a padding mask; its SFTTrainer also computes entropy and accuracy, its
-GKDTrainer no cross-entropy; and its AdamW is the same rule in torch's fused kernel.
+checkpointing nor bf16, its defaults. What differs: TRL passes a padding mask; its SFTTrainer also computes entropy and accuracy, and its
+GKDTrainer no cross-entropy.
 
     python benchmarks/train_step.py [--batch-size 8] [--steps 3] [--rounds 5] [--only sft trl_sft] [--json]
 """

@@ -142,3 +142,28 @@ def test_frozen_and_tied_weights_are_given_once_or_not_at_all():
 
 def test_a_module_of_matrices_only_has_one_group():
     assert len(build(Optimizer(), nn.Linear(2, 2, bias=False)).param_groups) == 1
+
+
+# ---- steps
+
+
+def test_steps_are_those_of_the_definition():
+    """Decoupled weight decay (1711.05101), in float64 from the formulas; sizes that fill no vector register evenly."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(7, 13, generator=generator), torch.randn(13, generator=generator)]
+    gradients = [[torch.randn(weight.shape, generator=generator) for weight in weights] for _ in range(3)]
+    module = nn.ParameterList([weight.clone() for weight in weights])
+    rate, (b1, b2), epsilon, decay = 0.1, (0.8, 0.9), 1e-3, 0.2
+    optimizer = build(Optimizer(learning_rate=rate, betas=(b1, b2), epsilon=epsilon, weight_decay=decay), module)
+    for its in gradients:
+        for parameter, gradient in zip(module, its, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    for number, weight in enumerate(weights):
+        exact, mean, square = weight.double(), 0.0, 0.0
+        for step, its in enumerate(gradients, 1):
+            gradient = its[number].double()
+            mean, square = b1 * mean + (1 - b1) * gradient, b2 * square + (1 - b2) * gradient**2
+            exact = exact * (1 - rate * decay * (weight.ndim >= 2))
+            exact = exact - rate * (mean / (1 - b1**step)) / ((square / (1 - b2**step)).sqrt() + epsilon)
+        assert torch.allclose(module[number].double(), exact, rtol=0, atol=1e-6)

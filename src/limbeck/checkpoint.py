@@ -124,8 +124,7 @@ def _restore(
                 value.copy_(weights[name])
     for label, value in state.items():
         key, name = label.split(":", 1)
-        # AdamW keeps its step counter on the CPU
-        optimizer.state[parameters[name]][key] = value if value.ndim == 0 else value.to(device)
+        optimizer.state[parameters[name]][key] = value.to(device)  # the step counter too: a fused AdamW has it beside the weights
 
 
 def _problem(path: Path) -> str | None:

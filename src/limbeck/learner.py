@@ -77,10 +77,12 @@ class Learner(nn.Module):
             sums["teacher_nll"] = -signal.observed.sum()
         if per_term:
             return losses, sums
-        # No rows through the whole student: an objective that skips the head, or an empty microbatch, still gives every parameter
-        # a gradient (of zero), for which a wrapper would wait in vain.
-        nothing = head(self.student)(last.flatten(0, 1)[:0]).sum()
-        return sum(losses.values(), nothing), sums
+        total = sum(losses.values(), last.new_zeros(()))
+        if not self.output_terms:
+            # The head of no rows: an objective that skips it still gives every parameter a gradient (of zero), for which a wrapper
+            # would wait in vain. Elsewhere the head's own gradient is there, and another of its size would cost two passes.
+            total = total + head(self.student)(last.flatten(0, 1)[:0]).sum()
+        return total, sums
 
     def _output(
         self, rows: Tensor, batch: Batch, signal: Signal, terms: Mapping[str, OutputTerm], scales: Mapping[str, float]

@@ -149,6 +149,23 @@ def test_gradient_checkpointing_does_not_matter(
     _assert_same(_run(plain, [together(samples)], score), _run(checkpointed, [together(samples)], score))
 
 
+@pytest.mark.parametrize("is_empty", [False, True])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_parameter_gets_a_gradient(
+    objective: str, fused: bool, tied: bool, is_empty: bool, samples: list[Sample], tokenizer: Any, teacher_dir: Path
+) -> None:
+    """A wrapper waits for each of them: also where the objective skips the head or the last blocks, and in an empty microbatch."""
+    learner = _learner(objective, tokenizer, tied=tied, fused=fused)
+    batch = pad([] if is_empty else samples[:2], 0)
+    scales = dict.fromkeys([*learner.output_terms, *learner.hidden_terms], 1.0)
+    loss, _ = learner(batch, _score(ModelTeacher(model=str(teacher_dir)), tokenizer, objective)(batch), scales)
+    loss.backward()
+    assert [name for name, parameter in learner.named_parameters() if parameter.grad is None] == []
+    assert bool(loss) != is_empty
+
+
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 def test_per_term_losses_sum_to_the_loss(
     objective: str, together: Callable[..., Batch], samples: list[Sample], tokenizer: Any, teacher_dir: Path
