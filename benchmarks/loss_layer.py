@@ -264,7 +264,7 @@ def limbeck_head(problem: dict[str, Any], what: str, head_memory_mb: int) -> Non
         signal = Signal(output=problem["teacher_hidden"][keep], teacher_head=Head(problem["teacher_weight"]))
     elif what == "top64":
         ids, top, tail = (values[keep] for values in problem["top"])
-        signal = Signal(top=TopK(ids, top, {1.0: tail}))
+        signal = Signal(sparse=TopK(ids, top, {1.0: tail}))
     scales = {key: term.weight / count for key, term in terms.items()}
     chunks = num_chunks(count, vocabulary, head_memory_mb)  # from the largest microbatch, as a recipe fixes it
     loss, _ = fused(problem["hidden"][keep], Head(problem["weight"]), problem["targets"][keep], signal, terms, scales, chunks)

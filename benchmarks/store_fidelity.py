@@ -26,6 +26,8 @@ CODECS: dict[str, dict[str, Any]] = {
     **{f"topk_{k}": {"type": "topk", "k": k, "prior": False} for k in (16, 64, 128)},
     **{f"topk_{k}_prior": {"type": "topk", "k": k} for k in (16, 64, 128)},
     "nucleus_95_prior": {"type": "nucleus", "mass": 0.95, "k": 128},
+    "sampled_50": {"type": "sampled"},
+    "sampled_50_head_8": {"type": "sampled", "k": 8},
     **{f"quantized_{size}": {"type": "quantized", "bytes_per_token": size} for size in (32, 64, 104, 150)},
 }
 

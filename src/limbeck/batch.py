@@ -72,18 +72,34 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """An unbiased estimate of the teacher's distribution at temperature 1: tokens drawn from it and what each stands for.
+
+    The expectation of `weights`, scattered to `ids`, is the distribution; a row's need not sum to 1, and an id with weight 0 is padding.
+    `neg_entropy` is sum p log p of the distribution itself, of which the draws know nothing, in nats.
+    """
+
+    ids: Int[Tensor, "n k"]
+    weights: Float[Tensor, "n k"]
+    neg_entropy: Float[Tensor, " n"]
+
+    def __getitem__(self, rows: slice) -> Draws:
+        return Draws(self.ids[rows], self.weights[rows], self.neg_entropy[rows])
+
+
+@dataclass(frozen=True)
 class Signal:
     """What the teacher says about a Batch.
 
     `output` with `teacher_head` is the dense support: the head maps rows of `output` to logits over the shared vocabulary, so
-    logits exist only for a chunk at a time; it returns a new tensor, which its caller may overwrite. `top` is the sparse
-    support. `hidden[l]` is the residual stream after block `l` (counted from 0, before the final norm). `observed` is the teacher's
-    own log-probability of each target, for the log.
+    logits exist only for a chunk at a time; it returns a new tensor, which its caller may overwrite. `sparse` is what a capture
+    keeps of a few tokens instead. `hidden[l]` is the residual stream after block `l` (counted from 0, before the final norm).
+    `observed` is the teacher's own log-probability of each target, for the log.
     """
 
     output: Float[Tensor, "n e"] | None = None
     teacher_head: TeacherHead | None = None
-    top: TopK | None = None
+    sparse: TopK | Draws | None = None
     hidden: Mapping[int, Float[Tensor, "r e"]] = field(default_factory=dict)
     observed: Float[Tensor, " n"] | None = None
 

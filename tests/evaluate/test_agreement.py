@@ -217,5 +217,5 @@ def test_top_k_teacher_of_all_tokens_is_compared_as_a_dense_one() -> None:
     log_probs, ids = torch.log_softmax(teacher(rows), -1).sort(-1, descending=True)
     observed = torch.log_softmax(teacher(rows), -1).gather(-1, targets[:, None]).squeeze(-1)
     dense = _compare(hidden, student, Signal(output=rows, teacher_head=teacher), targets)
-    top = _compare(hidden, student, Signal(top=TopK(ids, log_probs, {1.0: torch.full((9,), -torch.inf)}), observed=observed), targets)
+    top = _compare(hidden, student, Signal(sparse=TopK(ids, log_probs, {1.0: torch.full((9,), -torch.inf)}), observed=observed), targets)
     torch.testing.assert_close(top, dense, rtol=1e-5, atol=1e-5)

@@ -96,7 +96,7 @@ def test_the_fused_head_equals_plain_on_a_padded_teacher(priors: bool) -> None:
     scales, results = {key: term.weight / N for key, term in terms.items()}, []
     for path, extra in ((output_head.fused, (3,)), (output_head.plain, ())):
         head, rows = Head(_draw(V, D, seed=4).float().requires_grad_()), _draw(N, D, seed=5).float().requires_grad_()
-        loss, sums = path(rows, head, torch.arange(N), Signal(top=top), terms, scales, *extra)
+        loss, sums = path(rows, head, torch.arange(N), Signal(sparse=top), terms, scales, *extra)
         loss.backward()
         results.append((loss.detach(), sums, rows.grad, head.weight.grad))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

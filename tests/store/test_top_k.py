@@ -31,7 +31,7 @@ def outputs(rows, seed):
 def kept(codec, rows, seed=0):
     model = codec.calibrate(HEAD, [outputs(150, seed=8), outputs(60, seed=9)])
     blobs = codec.encode(HEAD, model, rows, [len(rows)])
-    return codec.decode(None, model, blobs, [np.arange(len(rows))]).top, model
+    return codec.decode(None, model, blobs, [np.arange(len(rows))]).sparse, model
 
 
 def target(top):
@@ -99,11 +99,11 @@ def test_a_samples_bytes_depend_on_its_rows_alone(codec):
     blobs = codec.encode(HEAD, model, rows, [0, 140, 3, 157])
     alone = [codec.encode(HEAD, model, part, [len(part)])[0] for part in rows.split([140, 3, 157])]
     assert blobs == [b"", *alone]
-    some = codec.decode(None, model, blobs, [np.arange(0), np.array([139, 5]), np.arange(0), np.array([7])]).top
-    everything = codec.decode(None, model, blobs[1:], [np.arange(140), np.arange(3), np.arange(157)]).top
+    some = codec.decode(None, model, blobs, [np.arange(0), np.array([139, 5]), np.arange(0), np.array([7])]).sparse
+    everything = codec.decode(None, model, blobs[1:], [np.arange(140), np.arange(3), np.arange(157)]).sparse
     width = some.ids.shape[1]
     assert torch.equal(some.log_probs, everything.log_probs[[139, 5, 150], :width])
-    assert len(codec.decode(None, model, [], []).top.ids) == 0
+    assert len(codec.decode(None, model, [], []).sparse.ids) == 0
 
 
 def test_settings_without_sense_are_refused():
@@ -122,9 +122,9 @@ def test_a_capture_keeps_them(base, captured, data, tokenizer, tmp_path, codec):
     signal = StoreTeacher(path=str(path)).open(tokenizer, needs).score(batch)
     exact = StoreTeacher(path=str(captured)).open(tokenizer, needs).score(batch)
     log_probs = torch.log_softmax(exact.teacher_head(exact.output).float(), -1)
-    found = log_probs.gather(-1, signal.top.ids)
-    is_kept = torch.isfinite(signal.top.log_probs)
-    assert (found - signal.top.log_probs)[is_kept].abs().max() <= manifest.codec.step
+    found = log_probs.gather(-1, signal.sparse.ids)
+    is_kept = torch.isfinite(signal.sparse.log_probs)
+    assert (found - signal.sparse.log_probs)[is_kept].abs().max() <= manifest.codec.step
 
 
 def test_a_temperature_that_was_not_kept_is_refused_with_the_recipe(base, tmp_path):

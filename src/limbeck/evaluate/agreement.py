@@ -70,13 +70,14 @@ class Agreement(HeldOut):
 def _compare(hidden: Tensor, student_head: Head, signal: Signal, targets: Tensor) -> Tensor:
     """`[6, N]`: the token metrics, the model's confidence in its most likely token, and whether the data has that token.
 
-    A top-k teacher is compared on its tokens and one bin for the rest; what it says of the data's tokens, its capture has kept.
+    A top-k teacher is compared on its tokens and one bin for the rest, and draws of one give an estimate of KL; what it says of the data's
+    tokens, its capture has kept.
     """
     import torch
 
     from limbeck.objectives.divergences import forward_kl
     from limbeck.objectives.head import target_of
-    from limbeck.objectives.support import Dense, TopKTarget
+    from limbeck.objectives.support import Dense, DenseTarget, measure
 
     parts = [hidden.new_zeros(6, 0, dtype=torch.float32)]
     for start in range(0, targets.numel(), ROWS_PER_CHUNK):
@@ -86,13 +87,14 @@ def _compare(hidden: Tensor, student_head: Head, signal: Signal, targets: Tensor
         log_p, student = teacher.log_probs(), Dense(student_head(hidden[rows]))
         log_q, wanted = student.log_probs(), targets[rows, None]
         confidence, choice = log_q.max(-1)
-        if isinstance(teacher, TopKTarget):
-            assert signal.observed is not None
-            best, teacher_nll = teacher.ids.gather(-1, log_p[:, :-1].argmax(-1, keepdim=True)).squeeze(-1), -signal.observed[rows]
-        else:
+        if isinstance(teacher, DenseTarget):
             best, teacher_nll = log_p.argmax(-1), -log_p.gather(-1, wanted).squeeze(-1)
+        else:
+            assert signal.observed is not None
+            best = teacher.ids.gather(-1, log_p[:, : teacher.ids.shape[1]].argmax(-1, keepdim=True)).squeeze(-1)
+            teacher_nll = -signal.observed[rows]
         columns = [
-            forward_kl(log_p, teacher.project(student)),
+            measure(forward_kl, student, teacher),
             choice == best,
             -log_q.gather(-1, wanted).squeeze(-1),
             teacher_nll,

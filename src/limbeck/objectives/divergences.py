@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from limbeck.objectives.support import Dense, DenseTarget, Gradient, TopKTarget
+    from limbeck.objectives.support import Dense, DenseTarget, Gradient, SampledTarget, TopKTarget
 
     ClosedForm = Callable[[Gradient, float, Dense, Any, float], Tensor]
 
@@ -60,7 +60,7 @@ def _forward_kl_dense(grad: Gradient, scale: float, student: Dense, teacher: Den
     probs = teacher.probs(temperature)
     grad.add_probs(scale, temperature)
     grad.add(probs, -scale)
-    return _dot(probs, teacher.log_probs(temperature)) - _dot(probs, student.log_probs(temperature))
+    return (teacher.log_probs(temperature) - student.log_probs(temperature)).mul_(probs).sum(-1)
 
 
 def _forward_kl_top_k(grad: Gradient, scale: float, student: Dense, teacher: TopKTarget, temperature: float) -> Tensor:
@@ -70,6 +70,15 @@ def _forward_kl_top_k(grad: Gradient, scale: float, student: Dense, teacher: Top
     grad.add_probs(scale * (1 - ratio), temperature)
     grad.scatter(teacher.ids, scale * (log_q[:, :-1].exp() * ratio - log_p[:, :-1].exp()))
     return forward_kl(log_p, log_q)
+
+
+def _forward_kl_sampled(grad: Gradient, scale: float, student: Dense, teacher: SampledTarget, temperature: float) -> Tensor:
+    """W q - w, w the weights and W their sum."""
+    from limbeck.objectives.support import measure
+
+    grad.add_probs(scale * teacher.weights.sum(-1, keepdim=True), temperature)
+    grad.scatter(teacher.ids, -scale * teacher.weights)
+    return measure(forward_kl, student, teacher)
 
 
 def _reverse_kl_dense(grad: Gradient, scale: float, student: Dense, teacher: DenseTarget, temperature: float) -> Tensor:
@@ -103,7 +112,15 @@ _BOTH = frozenset({"dense", "top_k"})
 DIVERGENCES: dict[str, Divergence] = {
     divergence.name: divergence
     for divergence in (
-        Divergence("forward_kl", forward_kl, _BOTH, True, True, True, {"dense": _forward_kl_dense, "top_k": _forward_kl_top_k}),
+        Divergence(
+            "forward_kl",
+            forward_kl,
+            _BOTH | {"sampled"},
+            zero_at_equal=True,
+            linear_in_teacher=True,
+            t_squared=True,
+            closed_forms={"dense": _forward_kl_dense, "top_k": _forward_kl_top_k, "sampled": _forward_kl_sampled},
+        ),
         Divergence("reverse_kl", reverse_kl, _BOTH, True, False, True, {"dense": _reverse_kl_dense, "top_k": _reverse_kl_top_k}),
     )
 }

@@ -18,10 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from limbeck.batch import Signal
+from limbeck.batch import Draws, Signal, TopK
 from limbeck.errors import ModelError
 from limbeck.objectives.base import OutputTerm
-from limbeck.objectives.support import Dense, DenseTarget, Gradient, SpreadTarget, Target, TopKTarget
+from limbeck.objectives.support import Dense, DenseTarget, Gradient, SampledTarget, SpreadTarget, Target, TopKTarget
 
 OutputTerms = Mapping[str, OutputTerm]
 LIVE_BUFFERS = 2
@@ -108,33 +108,34 @@ def plain(
 
 
 def _sum_keys(terms: OutputTerms, signal: Signal) -> list[str]:
-    return [
-        *terms,
-        *(["teacher_nll"] if signal.output is not None or (signal.top is not None and signal.top.log_priors is not None) else []),
-    ]
+    is_dense = signal.output is not None or (isinstance(signal.sparse, TopK) and signal.sparse.log_priors is not None)
+    return [*terms, *(["teacher_nll"] if is_dense else [])]
 
 
-def target_of(signal: Signal, rows: slice, logits: Tensor | None = None) -> Target | None:
-    """The teacher of some rows on the support that the signal has; a dense one from its `logits` if they are made, which are then lost."""
-    if signal.top is not None:
-        top = signal.top[rows]
+def target_of(signal: Signal, rows: slice, logits: Tensor | None = None, memory: Tensor | None = None) -> Target | None:
+    """The teacher of some rows on the support that the signal has; a dense one from its `logits` if they are made, which are lost where
+    there is `memory` for its probabilities."""
+    if isinstance(signal.sparse, Draws):
+        return SampledTarget(signal.sparse[rows])
+    if signal.sparse is not None:
+        top = signal.sparse[rows]
         target = TopKTarget(top.ids, top.log_probs, top.log_tails)
         return target if top.log_priors is None else SpreadTarget(target, top.log_priors)
     if signal.output is None or signal.teacher_head is None:
         return None
     with torch.no_grad():
-        return DenseTarget(signal.teacher_head(signal.output[rows])) if logits is None else DenseTarget(logits, in_place=True)
+        return DenseTarget(signal.teacher_head(signal.output[rows]) if logits is None else logits, memory)
 
 
 def _buffers(rows: int, vocabulary: int, like: Tensor, signal: Signal) -> list[Tensor]:
     """Memory `[rows, V]` for the student's logits and a dense teacher's, taken once and used by every chunk."""
-    count = 1 if signal.top is not None or signal.output is None else LIVE_BUFFERS
+    count = 1 if signal.sparse is not None or signal.output is None else LIVE_BUFFERS
     return [torch.empty(rows, vocabulary, dtype=torch.float32, device=like.device) for _ in range(count)]
 
 
 def _teacher_logits(signal: Signal, rows: slice, buffers: Sequence[Tensor]) -> Tensor | None:
     """The logits of a dense teacher; None without one."""
-    if signal.top is not None or signal.output is None or signal.teacher_head is None:
+    if signal.sparse is not None or signal.output is None or signal.teacher_head is None:
         return None
     output, head = signal.output[rows], signal.teacher_head
     with torch.no_grad():
@@ -234,17 +235,20 @@ def _chunk(
     taught = _teacher_logits(signal, chunk, buffers)
     sums = torch.zeros(len(_sum_keys(terms, signal)), device=rows.device)
     size = max(BLOCK_NUMBERS.get(rows.device.type, BLOCK_NUMBERS_ELSEWHERE) // logits.shape[1], 1)
+    memory = [torch.empty_like(logits[:size]) for _ in range(1 if taught is None else 2)]  # new pages are slower than what is done on them
     for start in range(0, len(rows), size):
         block = slice(start, min(start + size, len(rows)))
         absolute = slice(chunk.start + block.start, chunk.start + block.stop)
-        teacher = target_of(signal, absolute, None if taught is None else taught[block])
-        sums += _block(head, logits[block], teacher, targets[block], signal, terms, scales, wants_grad)
+        ours, *theirs = (part[: block.stop - start] for part in memory)
+        teacher = target_of(signal, absolute) if taught is None else target_of(signal, absolute, taught[block], *theirs)
+        sums += _block(head, logits[block], ours, teacher, targets[block], signal, terms, scales, wants_grad)
     return (logits if wants_grad else None), sums
 
 
 def _block(
     head: Head,
     logits: Tensor,
+    memory: Tensor,
     teacher: Target | None,
     targets: Tensor,
     signal: Signal,
@@ -252,9 +256,9 @@ def _block(
     scales: Mapping[str, float],
     wants_grad: bool,
 ) -> Tensor:
-    """The sums of `_sum_keys`; the logits become their gradient."""
+    """The sums of `_sum_keys`; the logits become their gradient. `memory` takes the student's probabilities."""
     slope = head.slope(logits) if wants_grad else 1.0
-    student = Dense(logits, in_place=True)
+    student = Dense(logits, memory)
     sums: dict[str, Tensor] = {}
     collected = Gradient()
     if wants_grad:

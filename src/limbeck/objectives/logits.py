@@ -57,8 +57,9 @@ class Logits(OutputTerm):
         return Needs(output=True)
 
     def values(self, student: Dense, teacher: Target | None, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        teacher = self._supported(teacher)
-        return self._factor * self._divergence.values(teacher.log_probs(self.temperature), teacher.project(student, self.temperature))
+        from limbeck.objectives.support import measure
+
+        return self._factor * measure(self._divergence.values, student, self._supported(teacher), self.temperature)
 
     def closed_form(
         self, grad: Gradient, scale: float, student: Dense, teacher: Target | None, targets: Int[Tensor, " n"]

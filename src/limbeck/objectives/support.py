@@ -6,12 +6,13 @@ remember their softmaxes, so that several terms share them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from limbeck.batch import Draws
 from limbeck.errors import RecipeError
 
 LOG_ZERO = -1e30
@@ -21,16 +22,20 @@ LOG_ZERO = -1e30
 class Dense:
     """A distribution over the whole vocabulary, from logits `[n, V]`, in float32 whatever the model's dtype.
 
-    `in_place` normalises in the memory of the logits, which are lost; without it the softmax can be differentiated.
+    Given memory for its probabilities, it normalises in that of the logits, which are lost; without, the softmax can be differentiated.
     """
 
-    def __init__(self, logits: Float[Tensor, "n v"], in_place: bool = False) -> None:
-        if in_place:
-            self.logits = logits.sub_(logits.logsumexp(-1, keepdim=True))
-        else:
-            self.logits = torch.log_softmax(logits.float(), dim=-1)
-        self._log_probs: dict[float, Tensor] = {1.0: self.logits}
+    def __init__(self, logits: Float[Tensor, "n v"], memory: Float[Tensor, "n v"] | None = None) -> None:
         self._probs: dict[float, Tensor] = {}
+        if memory is None:
+            self.logits = torch.log_softmax(logits.float(), dim=-1)
+        else:  # one exponential for both: they are most of the work
+            largest = logits.amax(-1, keepdim=True)
+            self._probs[1.0] = torch.sub(logits, largest, out=memory).exp_()
+            total = memory.sum(-1, keepdim=True)
+            memory.div_(total)
+            self.logits = logits.sub_(largest.add_(total.log_()))
+        self._log_probs: dict[float, Tensor] = {1.0: self.logits}
 
     def log_probs(self, temperature: float = 1.0) -> Float[Tensor, "n v"]:
         """log softmax(logits / T); a log-softmax is a shift, so it serves as logits for every temperature."""
@@ -50,8 +55,8 @@ class DenseTarget(Dense):
 
     kind = "dense"
 
-    def __init__(self, logits: Float[Tensor, "n v"], in_place: bool = False) -> None:
-        super().__init__(logits, in_place)
+    def __init__(self, logits: Float[Tensor, "n v"], memory: Float[Tensor, "n v"] | None = None) -> None:
+        super().__init__(logits, memory)
         self.logits.clamp_(min=LOG_ZERO)
 
     def project(self, student: Dense, temperature: float = 1.0) -> Float[Tensor, "n v"]:
@@ -115,8 +120,35 @@ class SpreadTarget(DenseTarget):
         return rest.scatter_reduce(-1, ids, bins[:, :-1], "amax").clamp_(min=LOG_ZERO)
 
 
-Target = DenseTarget | TopKTarget
+class SampledTarget:
+    """Tokens drawn from the teacher with the mass that each stands for: unbiased for what is linear in the teacher's probabilities, which
+    is forward KL, and at the temperature of the draws only (RS-KD, 2503.16870)."""
+
+    kind = "sampled"
+
+    def __init__(self, draws: Draws) -> None:
+        self.ids, self.weights = draws.ids, draws.weights.float()
+        logs = self.weights.log().clamp(min=LOG_ZERO)
+        self._log_weights, self.constant = logs, draws.neg_entropy.float() - (self.weights * logs).sum(-1)
+
+    def log_probs(self, temperature: float = 1.0) -> Float[Tensor, "n s"]:
+        """The logs of the weights, which sum to 1 on average."""
+        return self._log_weights
+
+    def project(self, student: Dense, temperature: float = 1.0) -> Float[Tensor, "n s"]:
+        return student.log_probs(temperature).gather(-1, self.ids)
+
+
+Target = DenseTarget | TopKTarget | SampledTarget
 """The teacher on its support: `log_probs(T)` are its own there, `project(student, T)` the student's, both `[n, S]`."""
+
+
+def measure(
+    divergence: Callable[[Tensor, Tensor], Tensor], student: Dense, teacher: Target, temperature: float = 1.0
+) -> Float[Tensor, " n"]:
+    """A divergence's values. Of draws an estimate: less the entropy of the weights and plus that of the teacher."""
+    values = divergence(teacher.log_probs(temperature), teacher.project(student, temperature))
+    return values + teacher.constant if isinstance(teacher, SampledTarget) else values
 
 
 class Gradient:

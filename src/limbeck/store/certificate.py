@@ -29,6 +29,8 @@ def certify(codec: Codec, head: Head, model: Mapping[str, Tensor], outputs: Iter
     once. None where there are no tokens."""
     import torch
 
+    if codec.support == "sampled":
+        return None
     parts, size = [], 0
     for output in outputs:
         (blob,) = codec.encode(head, model, output, [len(output)])
@@ -59,10 +61,10 @@ def _measure(head: Head, rows: Tensor, signal: Signal) -> Tensor:
         signal = signal.to(head.weight.device)
         exact = Dense(head(rows.to(head.weight.device))).log_probs().clamp(min=-1e30)
         probs, mass = exact.exp(), torch.ones(len(rows), device=head.weight.device)
-        if signal.top is not None:
-            mass = (probs.gather(-1, signal.top.ids) * torch.isfinite(signal.top.log_probs)).sum(-1)
-            if signal.top.log_priors is None:
-                signal = replace(signal, top=replace(signal.top, log_priors={1.0: torch.zeros_like(exact[0])}))
+        if signal.sparse is not None:
+            mass = (probs.gather(-1, signal.sparse.ids) * torch.isfinite(signal.sparse.log_probs)).sum(-1)
+            if signal.sparse.log_priors is None:
+                signal = replace(signal, sparse=replace(signal.sparse, log_priors={1.0: torch.zeros_like(exact[0])}))
         teacher = target_of(signal, slice(None))
         assert teacher is not None
         kept = teacher.log_probs()

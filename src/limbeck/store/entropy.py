@@ -30,6 +30,12 @@ def probabilities_of(counts: np.ndarray) -> np.ndarray:
     return np.asarray(found / found.sum())
 
 
+def tables(counts: np.ndarray) -> list[Any]:
+    """The tables of int32 counts `[tables, symbols]`, or of `[symbols]` alone."""
+    counts = np.atleast_2d(counts)
+    return tables_of(counts.tobytes(), np.full(len(counts), counts.shape[1], np.int32).tobytes())
+
+
 @lru_cache(maxsize=8)
 def tables_of(counts: bytes, sizes: bytes) -> list[Any]:
     """Tables that lie one after the other in int32 counts, of these int32 sizes. Kept: a capture reads with the same ones all the time."""

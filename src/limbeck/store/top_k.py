@@ -69,7 +69,7 @@ class TopTokens(Codec):
         tails, counts = torch.zeros(len(self.temperatures), levels, dtype=torch.int64), torch.zeros(k + 1, dtype=torch.int64)
         outside = torch.zeros(len(self.temperatures), vocabulary, dtype=torch.float64)
         for output in outputs:
-            for logits in _blocks(head, output):
+            for logits in logit_blocks(head, output):
                 kept = self._kept(logits)
                 mask = torch.arange(k) < kept.counts[:, None]
                 ids += torch.bincount(kept.ids[mask], minlength=vocabulary)
@@ -82,7 +82,7 @@ class TopTokens(Codec):
                         probs = torch.softmax(logits / temperature, -1)
                         # a padded id is one of the row's own
                         outside[i] += probs.scatter(-1, kept.padded, 0.0).double().sum(0).cpu()
-        found = {"ids": 4 * ids + 1, "gaps": _smooth(gaps), "tails": _smooth(tails), "counts": 16 * counts + 1}
+        found = {"ids": 4 * ids + 1, "gaps": smooth(gaps), "tails": smooth(tails), "counts": 16 * counts + 1}
         model = {name: value.clamp(max=2**31 - 1).int() for name, value in found.items()}
         if self.prior:
             # a hundredth goes to all tokens alike: those that never were outside of the k may be, elsewhere
@@ -95,7 +95,7 @@ class TopTokens(Codec):
 
         coder, blobs = _Tables(model), []
         for rows in output.split(list(lengths)):
-            kept = _join([self._kept(logits) for logits in _blocks(head, rows)])
+            kept = _join([self._kept(logits) for logits in logit_blocks(head, rows)])
             if not len(rows):
                 blobs.append(b"")
                 continue
@@ -119,7 +119,7 @@ class TopTokens(Codec):
         priors = dict(zip(self.temperatures, model["log_priors"], strict=True)) if self.prior else None
         longest = int(torch.isfinite(log_probs).sum(1).max()) if len(ids) else width
         tails = {temperature: log_tails[:, i].contiguous() for i, temperature in enumerate(self.temperatures)}
-        return Signal(top=TopK(ids[:, :longest].contiguous(), log_probs[:, :longest].contiguous(), tails, priors))
+        return Signal(sparse=TopK(ids[:, :longest].contiguous(), log_probs[:, :longest].contiguous(), tails, priors))
 
     def _read(self, coder: _Tables, blob: bytes, width: int, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         num = int(np.frombuffer(blob[:4], "<u4")[0])
@@ -195,14 +195,13 @@ class _Tables:
 
     def __init__(self, model: Mapping[str, Tensor]) -> None:
         def of(name: str) -> list[Any]:
-            counts = np.atleast_2d(model[name].numpy())
-            return entropy.tables_of(counts.tobytes(), np.full(len(counts), counts.shape[1], np.int32).tobytes())
+            return entropy.tables(model[name].numpy())
 
         (self.ids,), (self.counts,) = of("ids"), of("counts")
         self.gaps, self.tails = of("gaps"), of("tails")
 
 
-def _blocks(head: Head, rows: Tensor) -> Iterator[Tensor]:
+def logit_blocks(head: Head, rows: Tensor) -> Iterator[Tensor]:
     """Logits of `_ROWS` rows at a time, made from as many whatever their number: a sample's bytes do not depend on its neighbours."""
     import torch
 
@@ -219,7 +218,7 @@ def _join(parts: Sequence[_Kept]) -> _Kept | None:
     return _Kept(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names}) if parts else None
 
 
-def _smooth(counts: Tensor) -> Tensor:
+def smooth(counts: Tensor) -> Tensor:
     """Counts `[tables, symbols]` with some of the neighbours', and a hundredth for those that were never seen."""
     import torch
 
