@@ -101,3 +101,17 @@ def test_the_fused_head_equals_plain_on_a_padded_teacher(priors: bool) -> None:
         results.append((loss.detach(), sums, rows.grad, head.weight.grad))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     assert ("teacher_nll" in results[0][1]) == priors
+
+
+@pytest.mark.parametrize("sureness", [1.0, 10.0, 40.0, 200.0])
+def test_the_mass_outside_of_some_tokens_is_added_up(sureness: float) -> None:
+    """Also where it is far below what a probability of float32 can be, and where the kept tokens are padded."""
+    logits = _draw(N, V, seed=3)
+    logits[:, :3] += sureness
+    ids = torch.tensor([[0, 1, 2, 0]]).expand(N, -1)
+    expected = torch.log_softmax(logits, -1)[:, 3:].logsumexp(-1, keepdim=True)
+    made = logits.float()
+    for student in (Dense(logits.float()), Dense(made, torch.empty_like(made))):
+        before = student.probs().clone()
+        torch.testing.assert_close(student.log_rest(ids).double(), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(student.probs(), before)

@@ -17,6 +17,8 @@ from limbeck.errors import RecipeError
 
 LOG_ZERO = -1e30
 """A finite log 0, so that 0 log 0 is 0: a teacher may rule tokens out with a logit of -inf."""
+_SMALL = 1e-30
+"""A mass below it is added up from logs: probabilities of float32 end at 1e-38."""
 
 
 class Dense:
@@ -48,6 +50,17 @@ class Dense:
         if temperature not in self._probs:
             self._probs[temperature] = torch.exp(self.log_probs(temperature), out=out)
         return self._probs[temperature]
+
+    def log_rest(self, ids: Int[Tensor, "n k"], temperature: float = 1.0) -> Float[Tensor, "n 1"]:
+        """Log of the mass outside of some tokens, added up over those: 1 minus the rest would be rounding noise where it is small."""
+        probs = self._probs.get(temperature)
+        if probs is not None and probs.device.type == "cpu" and not probs.requires_grad:  # the exponentials are there
+            inside = probs.gather(-1, ids)
+            rest = probs.scatter_(-1, ids, 0.0).sum(-1, keepdim=True)
+            probs.scatter_(-1, ids, inside)
+            if bool((rest > _SMALL).all()):  # to ask an accelerator would make it wait
+                return rest.log_()
+        return self.log_probs(temperature).scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
 
 
 class DenseTarget(Dense):
@@ -91,11 +104,8 @@ class TopKTarget:
         return torch.cat([top, log_tail], dim=-1).clamp_(min=LOG_ZERO)
 
     def project(self, student: Dense, temperature: float = 1.0) -> Float[Tensor, "n s"]:
-        """The tail by logsumexp over the complement: 1 - sum would be rounding noise where the student is as sure as its teacher."""
-        log_probs = student.log_probs(temperature)
-        tail = log_probs.scatter(-1, self.ids, -torch.inf).logsumexp(-1, keepdim=True)
-        kept = log_probs.gather(-1, self.ids).masked_fill(self._padding, LOG_ZERO)
-        return torch.cat([kept, tail], dim=-1).clamp(min=LOG_ZERO)
+        kept = student.log_probs(temperature).gather(-1, self.ids).masked_fill(self._padding, LOG_ZERO)
+        return torch.cat([kept, student.log_rest(self.ids, temperature)], dim=-1).clamp(min=LOG_ZERO)
 
 
 class SpreadTarget(DenseTarget):
