@@ -35,7 +35,7 @@ from limbeck.batch import Signal, TopK
 from limbeck.objectives.head import Head
 from limbeck.spec import validate
 from limbeck.store import Codec, TopKCodec
-from limbeck.store.certificate import certify
+from limbeck.store.certificate import OF_GRADIENTS, certify
 
 CODECS: dict[str, dict[str, Any]] = {
     "exact": {"type": "exact"},
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=20_000, help="scored tokens that are measured")
     parser.add_argument("--calibrate", type=int, default=20_000, help="scored tokens of other documents that codecs are fitted on")
+    parser.add_argument("--gradients", type=int, default=5_000, help="tokens of those that are measured whose gradients are too")
     parser.add_argument("--student-blocks", type=int, default=14)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", choices=CODECS, default=list(CODECS))
@@ -156,7 +157,9 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     head, fitted, others, students = states(options)
+    some = int(np.searchsorted(np.cumsum([len(part) for part in others]), options.gradients)) + 1
     found: dict[str, Any] = {
+        "num_gradients": sum(map(len, others[:some])),
         "num_scored": sum(map(len, others)),
         "num_documents": len(others),
         "calibrated_on": sum(map(len, fitted)),
@@ -166,12 +169,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         codec, start = validate(Codec.members[CODECS[name]["type"]], CODECS[name], name), time.process_time()
         model = codec.calibrate(head, fitted)
         fitting, start = time.process_time() - start, time.process_time()
-        measured = certify(codec, head, model, others, (head, students))
-        assert measured is not None
+        measured = certify(codec, head, model, others)
+        of_gradients = certify(codec, head, model, others[:some], (head, students[:some]))
+        assert measured is not None and of_gradients is not None
         once = sum(value.nbytes for value in model.values()) + (head.weight.nbytes // 2 if codec.needs_head else 0)
         found[name] = {
             **{key: measured[key] for key in ("bytes_per_token", "kl", "l1", "top1", "mass")},
-            **{key: measured[key] for key in ("gradient_angle", "gradient_ratio", "gradient_error")},
+            **{key: of_gradients[key] for key in OF_GRADIENTS},
             "megabytes_once": once / 2**20,
             "seconds_fitting": fitting,
             "seconds_measuring": time.process_time() - start,
@@ -233,9 +237,8 @@ def states(options: argparse.Namespace) -> States:
 
 def table(found: dict[str, Any]) -> str:
     lines = [
-        "{num_scored:,} scored tokens of {num_documents:,} documents, fitted on {calibrated_on:,} of {num_calibration_documents:,} others".format(
-            **found
-        ),
+        f"{found['num_scored']:,} scored tokens of {found['num_documents']:,} documents, fitted on {found['calibrated_on']:,} tokens of "
+        f"{found['num_calibration_documents']:,} others; gradients of {found['num_gradients']:,} of them",
         "",
         "| codec | bytes per token | KL | L1 | most probable token the same | gradient's angle, degrees | gradient's error | MB once |",
         "|---|---|---|---|---|---|---|---|",

@@ -148,12 +148,13 @@ def _line(axes: Any, runs: list[list[tuple[int, float]]], colour: str, dashes: A
 
 
 @contextmanager
-def _figure(height: float) -> Iterator[tuple[Any, Any]]:
-    """A figure in our style; settings are given back afterwards."""
+def _figure(height: float, panels: int = 1, colours: tuple[str, str, str] = (INK, MUTED, GRID)) -> Iterator[tuple[Any, Any]]:
+    """A figure in our style, with its axes (an array of several, one above the other); settings are given back afterwards."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
+    ink, muted, grid = colours
     style = {
         "svg.fonttype": "none",
         "svg.hashsalt": "limbeck",
@@ -161,23 +162,23 @@ def _figure(height: float) -> Iterator[tuple[Any, Any]]:
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
         "font.size": 8.5,
-        "text.color": INK,
-        "axes.labelcolor": MUTED,
-        "axes.edgecolor": GRID,
+        "text.color": ink,
+        "axes.labelcolor": muted,
+        "axes.edgecolor": grid,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.spines.left": False,
         "axes.axisbelow": True,
-        "xtick.color": GRID,
-        "ytick.color": GRID,
-        "xtick.labelcolor": MUTED,
-        "ytick.labelcolor": INK,
+        "xtick.color": grid,
+        "ytick.color": grid,
+        "xtick.labelcolor": muted,
+        "ytick.labelcolor": ink,
         "ytick.major.size": 0,
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
-        yield figure, figure.add_subplot()
+        yield figure, figure.subplots(panels)
 
 
 def _plot(figure: Any, key: str, title: str, description: str) -> Plot:

@@ -49,6 +49,11 @@ class Quantized(Codec):
     """Bytes per scored token that the price is set for: more on texts of another kind than the calibration documents."""
 
     needs_head: ClassVar[bool] = True
+    tuned: ClassVar[str] = "bytes_per_token"
+    ladder: ClassVar[tuple[float, ...]] = tuple(round(4 * 2 ** (i / 8), 1) for i in range(57))
+
+    def meant_by(self, bytes_per_token: float | None) -> tuple[float, ...]:
+        return () if bytes_per_token is None else (bytes_per_token,)
 
     def calibrate(self, head: Head, outputs: Iterable[Tensor]) -> dict[str, Tensor]:
         import torch
