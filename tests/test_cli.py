@@ -552,7 +552,7 @@ def test_a_capture_with_a_target_is_chosen_shown_and_measured(run, works, refuse
     )
     for kind, start in (("svg", b"<svg"), ("png", b"\x89PNG")):
         code, out, err = run("store", "inspect", "store", "--plot", f"plot.{kind}")
-        assert code == 0 and "KL by how unsure" in err and "█" in err
+        assert code == 0 and "KL, by how sure" in err and "█" in err
         assert Path(f"plot.{kind}").read_bytes().startswith(start)
     assert refused("store", "inspect", "store", "--plot", "plot.gif").startswith("--plot: found 'plot.gif', expected a file that ends with")
     found = works("store", "verify", "store", recipe[1], "--recipe", "recipe.yaml", "--measure", "3")

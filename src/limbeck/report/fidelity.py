@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import StoreError
-from limbeck.report.plots import GRID, INK, MUTED, PALETTE, SERIES, Plot, _figure, _plot
+from limbeck.report.plots import GRID, INK, MUTED, PALETTE, SERIES, Plot, new_figure, to_plot
 from limbeck.store.inspect import bars
 
 KINDS = (".svg", ".png")
+WIDTH = 4.0
+"""Inches: room for the names of the bars beside their titles."""
 
 
 def check_kind(file: Path) -> None:
@@ -23,7 +25,8 @@ def write_plot(found: dict[str, Any], file: Path) -> None:
     charts = bars(found)
     colours = {name: name if file.suffix == ".svg" else PALETTE[name][1] for name in (INK, MUTED, GRID, *SERIES)}
     height = sum(0.6 + 0.26 * len(rows) for rows in charts.values())
-    with _figure(height, len(charts), (colours[INK], colours[MUTED], colours[GRID])) as (figure, axes):
+    with new_figure(height, len(charts), (colours[INK], colours[MUTED], colours[GRID])) as (figure, axes):
+        figure.set_figwidth(WIDTH)
         for panel, (title, rows), colour in zip([axes] if len(charts) == 1 else axes, charts.items(), SERIES, strict=False):
             labels, values, texts = zip(*reversed(rows), strict=True)
             panel.barh(labels, values, height=0.6, color=colours[colour])
@@ -32,11 +35,12 @@ def write_plot(found: dict[str, Any], file: Path) -> None:
             panel.set_title(title, fontsize=8.5, loc="left")
             panel.set_xlim(0, 1.22 * max(values) or 1)  # room for the numbers
             panel.set_xticks([])
+            panel.spines["bottom"].set_visible(False)
         try:
             if file.suffix == ".png":
                 figure.savefig(file, format="png", dpi=200, facecolor="white")
             else:
-                plot: Plot = _plot(figure, "fidelity", "What a capture loses", "; ".join(charts))
+                plot: Plot = to_plot(figure, "fidelity", "What a capture loses", "; ".join(charts))
                 file.write_text(plot.file_text(), encoding="utf-8")
         except OSError as error:
             raise StoreError(f"--plot: {file}: could not be written ({error.strerror or error})") from error

@@ -62,11 +62,11 @@ def bars(found: dict[str, Any]) -> dict[str, list[tuple[str, float, str]]]:
     if measured:
         parts = {name: part for name, part in measured["by_entropy"].items() if part["num_scored"]}
         names = {name: f"{name} ({part['num_scored'] / measured['num_scored']:.0%})" for name, part in parts.items()}
-        charts["KL by how unsure the teacher is (share of tokens)"] = [
+        charts["KL, by how sure the teacher is"] = [
             (names[name], max(part["kl"], 0.0), f"{part['kl']:.4f}") for name, part in parts.items()
         ]
         if "gradient_angle" in measured:
-            charts["angle of a new student's gradient, degrees"] = [
+            charts["gradient of a new student: angle in degrees"] = [
                 (names[name], part["gradient_angle"], f"{part['gradient_angle']:.2f}")
                 for name, part in parts.items()
                 if "gradient_angle" in part

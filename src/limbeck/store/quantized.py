@@ -3,7 +3,8 @@
 States are turned into a basis in which an error costs the same in every direction (the head's Fisher metric, on average over the
 calibration documents) and components are uncorrelated, rounded to a step, and entropy-coded. A step of s costs about s^2/24 nats of KL
 per component, but not at every token alike: where the teacher is sure, a coarser one does. So each token's step is the one with the least
-KL + price * bytes, as the teacher's own head measures them, and the price is what gives the wanted size on the calibration documents.
+KL + price * bytes, the KL estimated from the teacher's most probable tokens, and the price is what gives the wanted size on calibration
+documents of its own.
 """
 
 from __future__ import annotations
