@@ -28,7 +28,7 @@ STEPS = tuple(0.02 * 2 ** (i / 2) for i in range(15))
 """From 0.02 to 2.6, in units in which a change of all components by one is a KL of about half their number."""
 _RARE = 0.02
 """A step that a smaller share of the calibration tokens would take is left out."""
-_FITTED, _TRIED, _PRICED = 16384, 4096, 2048
+_FITTED, _TRIED, _PRICED = 16384, 4096, 8192
 """Calibration tokens for the basis and its scales, for those by step, and for the price: the last from documents of their own."""
 _PER_OCTAVE = 8
 """Tables are shared by components whose magnitude in steps is the same to within an eighth of an octave."""
