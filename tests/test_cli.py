@@ -541,6 +541,24 @@ def test_a_store_is_inspected_verified_and_repaired(run, works, refused, teacher
     assert refused("store", "repair", *capture, "--out", "new").startswith("store 'new': found no manifest.json")
 
 
+def test_a_capture_with_a_target_is_chosen_shown_and_measured(run, works, refused, teacher_dir):
+    pytest.importorskip("matplotlib")
+    recipe = ["recipe.yaml", f"teacher={{type: model, model: {teacher_dir}}}", "capture.calibrate_on=2"]
+    code, out, err = run("capture", *recipe, "--target-kl", "0.05", "--out", "store")
+    assert (code, out) == (0, "") and "store: chose quantized with bytes_per_token = " in err
+    assert works("capture", *recipe, "--target-kl", "0.05", "--out", "store")["codec"]["type"] == "quantized"
+    assert "found both target_kl and bytes_per_token" in refused(
+        "capture", *recipe, "--target-kl", "1", "--bytes-per-token", "9", "--out", "a"
+    )
+    for kind, start in (("svg", b"<svg"), ("png", b"\x89PNG")):
+        code, out, err = run("store", "inspect", "store", "--plot", f"plot.{kind}")
+        assert code == 0 and "KL, by how sure" in err and "█" in err
+        assert Path(f"plot.{kind}").read_bytes().startswith(start)
+    assert refused("store", "inspect", "store", "--plot", "plot.gif").startswith("--plot: found 'plot.gif', expected a file that ends with")
+    found = works("store", "verify", "store", recipe[1], "--recipe", "recipe.yaml", "--measure", "3")
+    assert 0 < found["measured"]["kl"] < 0.5 and found["measured"]["num_samples"] <= 3
+
+
 def test_a_store_that_lacks_what_a_recipe_asks_for(refused, works, teacher_dir):
     works("capture", "recipe.yaml", f"teacher={{type: model, model: {teacher_dir}}}", "source.limit=3", "--out", "store")
     store = ["teacher={type: store, path: store}", "objective=[{type: logits}]"]

@@ -5,19 +5,14 @@ Any number of workers (torchrun) share the shards; what they write does not depe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from limbeck import distributed
-from limbeck.batch import Batch, Signal
+from limbeck.calibration import Signals, calibration_split, hidden_error, score
 from limbeck.distributed import World
 from limbeck.errors import StoreError
 from limbeck.log import progress, say
@@ -26,8 +21,8 @@ from limbeck.objectives.base import Needs
 from limbeck.recipe import Recipe, parse_recipe, require_files
 from limbeck.run import environment
 from limbeck.store.certificate import certify
+from limbeck.store.choose import Target, choose, chosen
 from limbeck.store.codec import Exact
-from limbeck.store.hidden import HiddenCodec
 from limbeck.store.manifest import (
     HEAD,
     MODEL,
@@ -45,9 +40,8 @@ from limbeck.store.plan import Plan, Wanted, make_plan, once
 from limbeck.store.reader import StoreReader
 from limbeck.store.verify import Damage, damages
 from limbeck.store.writer import StoreWriter, collect, part_of, write_head, write_model
-from limbeck.teachers.model import ModelScorer, ModelTeacher, observed_log_probs
+from limbeck.teachers.model import ModelTeacher
 from limbeck.tokens.identity import template_hash, vocabulary_hash
-from limbeck.tokens.pad import pad
 from limbeck.tokens.sample import Sample
 from limbeck.tokens.spelling import Spelling
 
@@ -99,7 +93,7 @@ class _Capture:
         self.spec, self.needs, self.hidden = recipe.for_capture()
         self.world, self.folder = world, self.spec.folder
         assert isinstance(recipe.teacher, ModelTeacher)
-        self.teacher = recipe.teacher
+        self.teacher, self.student = recipe.teacher, recipe.student
         named = recipe.student or recipe.teacher
         self.tokenizer = load_tokenizer(named.model, named.revision)
         self.source = recipe.source.open(self.tokenizer, recipe.seed).samples
@@ -140,10 +134,11 @@ class _Capture:
             # a teacher is told by its weights; its name may be another path to them
             teacher = {f"teacher.{name}": getattr(identity.teacher, name) for name in TeacherIdentity.model_fields}
             wanted = {field: value for field, value in teacher.items() if field not in ("teacher.name", "teacher.revision")}
-            refuse_other(self.spec.path, manifest, wanted | {name: getattr(identity, name) for name in names})
+            wanted |= {name: getattr(identity, name) for name in names} | self.spec.codec_in(manifest)
+            refuse_other(self.spec.path, manifest, wanted)
             self._restore(manifest)
         else:
-            manifest = self._calibrated(identity)
+            manifest = self._calibrated(identity, self.spec.target)
             if manifest.codec.needs_head:
                 manifest = manifest.model_copy(update={"head": write_head(self.folder, self.scorer.head)})
             if not manifest.byte_offsets:
@@ -171,6 +166,7 @@ class _Capture:
         scorer = self.scorer
         return Manifest(
             codec=self.spec.codec,
+            target=self.spec.target.model_dump() if self.spec.target else None,
             temperatures=self.spec.codec.serves,
             teacher=TeacherIdentity(
                 name=self.teacher.model,
@@ -193,27 +189,34 @@ class _Capture:
             packages=environment()["packages"],
         )
 
-    def _calibrated(self, manifest: Manifest) -> Manifest:
-        """Fit the codecs on some documents of the source, write what they fitted, and measure on others what the states lose."""
-        fitted, others = calibration_split(self.source, self.spec.calibrate_on)
-        signals = Signals(self.scorer, fitted, self.spec.batch_size, self.world.device)
-        model = {f"output.{name}": value for name, value in self.spec.codec.calibrate(self.scorer.head, signals.outputs).items()}
+    def _calibrated(self, manifest: Manifest, target: Target | None = None) -> Manifest:
+        """Fit the codecs on some documents of the source, write what they fitted, and measure on others what is lost; with a target, choose
+        the output's codec so that it is met."""
+        fitted, others = (
+            Signals(self.scorer, samples, self.spec.batch_size, self.world.device)
+            for samples in calibration_split(self.source, self.spec.calibrate_on)
+        )
+        head, codec = self.scorer.head, manifest.codec
+        if target:
+            codec, of_output = choose(codec, target, head, fitted.outputs, others.outputs)
+        else:
+            of_output = codec.calibrate(head, fitted.outputs)
+        model = {f"output.{name}": value for name, value in of_output.items()}
         for layer in manifest.layers:
-            found = self.hidden.calibrate(signals.hidden(layer))
+            found = self.hidden.calibrate(fitted.hidden(layer))
             model.update({f"hidden.{layer}.{name}": value for name, value in found.items()})
         stored = write_model(self.folder, model)
         error = dict.fromkeys(manifest.layers, 0.0)
-        if manifest.teacher.dtype not in self.hidden.is_exact_for and others:
-            held_out = Signals(self.scorer, others, self.spec.batch_size, self.world.device)
-            error = {
-                layer: hidden_error(self.hidden, part_of(model, f"hidden.{layer}"), held_out.hidden(layer)) for layer in manifest.layers
-            }
+        if manifest.teacher.dtype not in self.hidden.is_exact_for and others.samples:
+            error = {layer: hidden_error(self.hidden, part_of(model, f"hidden.{layer}"), others.hidden(layer)) for layer in manifest.layers}
         certificate = None
-        if others and not isinstance(self.spec.codec, Exact):
-            held_out = Signals(self.scorer, others, self.spec.batch_size, self.world.device)
-            certificate = certify(self.spec.codec, self.scorer.head, part_of(model, "output"), held_out.outputs)
-        ids = tuple(sample.sample_id for sample in fitted) if model else ()
-        return manifest.model_copy(update={"model": stored, "hidden_error": error, "calibrated_on": ids, "certificate": certificate})
+        if others.samples and not isinstance(codec, Exact):
+            certificate = certify(codec, head, of_output, others.outputs, others.of_student(self.student) if self.student else None)
+        if target and certificate:
+            say(f"{self.folder}: chose {chosen(codec, target, certificate)}")
+        ids = tuple(sample.sample_id for sample in fitted.samples) if model else ()
+        changes = {"codec": codec, "model": stored, "hidden_error": error, "calibrated_on": ids, "certificate": certificate}
+        return manifest.model_copy(update=changes)
 
     def _plan(self, manifest: Manifest) -> Plan | None:
         reader = StoreReader(self.folder)
@@ -234,61 +237,3 @@ class _Capture:
                     writer.add(batch, signal, [one.needs.layers for one in part], spelling)
                     bar.advance(len(part))
                 writer.end_shard(number)
-
-
-def score(scorer: ModelScorer, part: Sequence[Wanted], device: str) -> tuple[Batch, Signal]:
-    """What the teacher says of a batch: of all its samples what is wanted of any."""
-    needs = Needs(output=True)
-    for one in part:
-        needs |= one.needs
-    batch = pad([one.sample for one in part], 0).to(device)
-    signal = scorer.asking(needs).score(batch)
-    assert signal.output is not None
-    return batch, replace(signal, observed=observed_log_probs(scorer.head, signal.output, batch.targets))
-
-
-def calibration_split(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list[Sample]]:
-    """Up to `count` samples to fit codecs on, and as many others to measure them on: a choice that no order of the data changes."""
-    unique = {sample.sample_id: sample for sample in samples}
-    ordered = [unique[sample_id] for sample_id in sorted(unique)]  # hashes: as good as shuffled
-    count = min(count, max(len(ordered) // 2, 1))
-    return ordered[:count], ordered[count : 2 * count]
-
-
-class Signals:
-    """What the teacher says of some samples. It runs when that is first asked for; a codec that fits nothing costs nothing."""
-
-    def __init__(self, scorer: ModelScorer, samples: Sequence[Sample], batch_size: int, device: str) -> None:
-        self._scorer, self._samples, self._batch_size, self._device = scorer, samples, batch_size, device
-
-    @cached_property
-    def all(self) -> list[Signal]:
-        wanted = [Wanted(sample, self._scorer.needs) for sample in self._samples]
-        starts = range(0, len(wanted), self._batch_size)
-        return [score(self._scorer, wanted[start : start + self._batch_size], self._device)[1] for start in starts]
-
-    @property
-    def outputs(self) -> Iterable[Tensor]:
-        return _Lazy(self, lambda signal: signal.output)
-
-    def hidden(self, layer: int) -> Iterable[Tensor]:
-        return _Lazy(self, lambda signal: signal.hidden[layer].cpu())
-
-
-class _Lazy:
-    """A part of every signal; may be walked more than once."""
-
-    def __init__(self, signals: Signals, part: Callable[[Signal], Any]) -> None:
-        self._signals, self._part = signals, part
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return map(self._part, self._signals.all)
-
-
-def hidden_error(codec: HiddenCodec, model: dict[str, Tensor], states: Iterable[Tensor]) -> float:
-    """Mean over tokens of |states - kept states| / |states|."""
-    shares = []
-    for rows in states:
-        kept = codec.decode(model, codec.encode(model, rows), np.arange(len(rows)), rows.shape[1])
-        shares.append((rows.float() - kept.float()).norm(dim=1) / rows.float().norm(dim=1).clamp(min=1e-30))
-    return float(torch.cat(shares).mean())

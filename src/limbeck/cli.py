@@ -124,10 +124,14 @@ def capture(
     recipe: RecipeFile,
     overrides: Overrides = None,
     out: StoreOut = None,
+    target_kl: Annotated[float | None, typer.Option(help="Choose how much is kept: as little as loses at most this KL, in nats.")] = None,
+    bytes_per_token: Annotated[float | None, typer.Option(help="Choose how much is kept: as much as takes at most these bytes.")] = None,
     as_json: Json = False,
 ) -> None:
     """Score the recipe's source with its teacher once, and keep the signal for many students."""
-    parsed = read_capture(recipe, overrides, out)
+    wanted = {"target_kl": target_kl, "bytes_per_token": bytes_per_token}
+    targets = [f"capture.{key}={value}" for key, value in wanted.items() if value is not None]
+    parsed = read_capture(recipe, [*(overrides or []), *targets], out)
     from limbeck.capture import capture as run_capture
 
     finish(captured(parsed, run_capture(parsed)), as_json)

@@ -33,7 +33,7 @@ def read_capture(path: Path, overrides: list[str] | None, out: Path | None) -> A
 def captured(recipe: Any, manifest: Any) -> dict[str, Any]:
     """What a program wants to know of a capture."""
     counts = {"samples": manifest.num_samples, "scored_tokens": manifest.num_scored, "bytes": manifest.num_bytes}
-    return {"store": recipe.capture.path, **counts, "layers": list(manifest.layers)}
+    return {"store": recipe.capture.path, **counts, "layers": list(manifest.layers), "codec": manifest.codec.model_dump(mode="json")}
 
 
 def finish(result: dict[str, Any], as_json: bool) -> None:

@@ -22,7 +22,8 @@ from limbeck.optim import Optimizer
 from limbeck.sources import Source
 from limbeck.spec import Spec, load_yaml, member_of, override, validate
 from limbeck.store import Codec, Exact, HiddenCodec
-from limbeck.store.manifest import has_manifest, read_manifest, refuse_foreign, refuse_other
+from limbeck.store.choose import Target
+from limbeck.store.manifest import Manifest, has_manifest, read_manifest, refuse_foreign, refuse_other
 from limbeck.store.place import Place
 from limbeck.student import Student
 from limbeck.teachers import NoTeacher, Teacher
@@ -75,6 +76,11 @@ class Capture(Spec):
     """The store's folder."""
     codec: member_of(Codec) = Exact()  # type: ignore[valid-type]
     """How the teacher's output is kept."""
+    target_kl: float | None = Field(None, gt=0)
+    """Choose how much the codec keeps by measuring: as little as has at most this KL(teacher, what comes back) on documents that it was not
+    fitted on. The codec is `quantized` where none is set."""
+    bytes_per_token: float | None = Field(None, gt=1)
+    """The same for bytes: as much as takes at most so many per scored token."""
     hidden: member_of(HiddenCodec) | None = None  # type: ignore[valid-type]
     """How hidden states are kept; in the teacher's dtype where it is not set."""
     batch_size: int = Field(8, gt=0)
@@ -86,9 +92,45 @@ class Capture(Spec):
     calibrate_on: int = Field(64, gt=0)
     """Conversations of the source on which codecs are fitted, at most half of them. What is lost is measured on others."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _loses_something(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and "codec" not in tree and (tree.get("target_kl") or tree.get("bytes_per_token")):
+            return {**tree, "codec": {"type": "quantized"}}
+        return tree
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Capture:
+        given = [name for name in ("target_kl", "bytes_per_token") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError("found both target_kl and bytes_per_token, expected one of them")
+        if given and not self.codec.tuned:
+            able = ", ".join(name for name, codec in Codec.members.items() if codec.tuned)
+            raise ValueError(f"{given[0]}: codec {self.codec.type!r} has nothing to choose; set capture.codec to one that has: {able}")
+        if self.target_kl and self.codec.support == "sampled":
+            raise ValueError("target_kl: draws have no KL, as what was not drawn is not ruled out; set bytes_per_token, or another codec")
+        if given and (value := getattr(self.codec, self.codec.tuned)) != type(self.codec).model_fields[self.codec.tuned].default:
+            raise ValueError(
+                f"found both {given[0]} and codec.{self.codec.tuned} = {value:g}, which {given[0]} is to choose; expected one of them"
+            )
+        return self
+
     @property
     def folder(self) -> Path:
         return Path(os.path.expanduser(self.path))
+
+    @property
+    def target(self) -> Target | None:
+        if self.target_kl is None and self.bytes_per_token is None:
+            return None
+        return Target(kl=self.target_kl, bytes_per_token=self.bytes_per_token)
+
+    def codec_in(self, manifest: Manifest) -> dict[str, Any]:
+        """Fields of the manifest that this section asks for; with a target, the codec as it was chosen for it."""
+        if self.target is None:
+            return {"codec": self.codec}
+        kept = {self.codec.tuned: getattr(manifest.codec, self.codec.tuned, None)}
+        return {"target": self.target.model_dump(), "codec": self.codec.model_copy(update=kept)}
 
 
 class Recipe(Spec):
@@ -156,8 +198,9 @@ class Recipe(Spec):
         dtype = getattr(self.teacher, "dtype", "float32")
         hidden = self.capture.hidden or HiddenCodec.members[dtype]()  # type: ignore[call-arg]
         if has_manifest(Place(self.capture.path)):
-            needed = {"teacher.dtype": dtype, "codec": self.capture.codec, "layers": tuple(sorted(set(layers))), "hidden": hidden}
-            refuse_other(self.capture.path, read_manifest(self.capture.path), needed)
+            manifest = read_manifest(self.capture.path)
+            needed = {"teacher.dtype": dtype, "layers": tuple(sorted(set(layers))), "hidden": hidden, **self.capture.codec_in(manifest)}
+            refuse_other(self.capture.path, manifest, needed)
         return self.capture, Needs(output=True, layers=frozenset(layers)), hidden
 
     def to_json(self) -> dict[str, Any]:

@@ -242,7 +242,10 @@ def kill_at_random(recipe, path, workers, chance):
 
 
 @pytest.mark.slow
-def test_any_number_of_workers_writes_the_same_store(long_recipe, tmp_path):
+@pytest.mark.parametrize("codec", [{"type": "exact"}, {"type": "quantized", "bytes_per_token": 24}])
+def test_any_number_of_workers_writes_the_same_store(long_recipe, tmp_path, codec):
+    tree = json.loads(long_recipe.read_text())
+    long_recipe.write_text(json.dumps({**tree, "capture": tree["capture"] | {"codec": codec}}))
     ended(start(long_recipe, tmp_path / "one"))
     ended(start(long_recipe, tmp_path / "two", workers=2))
     assert len(read_manifest(tmp_path / "one").shards) == 120

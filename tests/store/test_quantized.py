@@ -9,7 +9,8 @@ from captures import run, samples_of
 
 from limbeck.objectives.base import Needs
 from limbeck.objectives.head import Head
-from limbeck.store.quantized import Quantized, fisher
+from limbeck.store import quantized
+from limbeck.store.quantized import Quantized, _costs, _halves, _symbols, fisher
 from limbeck.teachers import StoreTeacher
 from limbeck.tokens.pad import pad
 
@@ -39,6 +40,34 @@ def test_bytes_are_as_wanted_and_more_of_them_are_nearer():
     found = {wanted: divergence(*fitted(wanted), outputs(400, seed=5)) for wanted in (3, 5, 8)}
     assert all(size == pytest.approx(wanted, rel=0.2) for wanted, (_, size) in found.items())
     assert found[3][0] > 2 * found[5][0] > 4 * found[8][0] > 0 and found[8][0] < 0.01
+
+
+@pytest.mark.parametrize("length", [5, 60])
+def test_bytes_of_other_documents_are_as_wanted_whatever_their_length(length):
+    """A blob's fixed bytes count, and tables and price do not know the calibration documents by heart."""
+    codec = Quantized(bytes_per_token=6)
+    spread = torch.randperm(900, generator=torch.Generator().manual_seed(2))
+    model = codec.calibrate(HEAD, outputs(900, seed=8)[spread].split(length))
+    rows = outputs(900, seed=5)[spread]
+    blobs = codec.encode(HEAD, model, rows, [length] * (900 // length))
+    assert sum(map(len, blobs)) / 900 == pytest.approx(6, rel=0.05)
+
+
+@pytest.mark.parametrize("head", [HEAD, Head(HEAD.weight, scale=0.5, soft_cap=3.0), Head(HEAD.weight[:, :E], torch.linspace(-3, 3, V))])
+@pytest.mark.parametrize("top", [16, 256])
+def test_the_estimate_is_near_the_divergence(head, top, monkeypatch):
+    """Also where few tokens are computed one by one, and for heads with a bias, a scale or a soft cap."""
+    monkeypatch.setattr(quantized, "_TOP", top)
+    codec, rows = Quantized(bytes_per_token=6), outputs(400, seed=5) / 3
+    model = codec.calibrate(head, [outputs(900, seed=8) / 3])
+    estimated, _ = _costs(head, model, rows)
+    components = (rows - model["mean"]) @ model["forward"]
+    logs = torch.log_softmax(head(rows), -1).double()
+    for i, step in enumerate(model["steps"].tolist()):
+        half = _halves(model)[i]
+        kept = ((_symbols(components, step, half) - half) * step).float() @ model["back"] + model["mean"]
+        exact = (logs.exp() * (logs - torch.log_softmax(head(kept), -1))).sum(-1)
+        assert float(estimated[:, i].mean()) == pytest.approx(float(exact.mean()), rel=0.15), step
 
 
 def test_the_metric_is_that_of_the_divergence():

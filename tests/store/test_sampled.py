@@ -11,6 +11,7 @@ from limbeck.errors import RecipeError
 from limbeck.objectives.base import Needs
 from limbeck.objectives.head import Head
 from limbeck.recipe import parse_recipe
+from limbeck.store.inspect import bars, lines, summary
 from limbeck.store.manifest import read_manifest
 from limbeck.store.sampled import SampledCodec
 from limbeck.teachers import StoreTeacher
@@ -92,6 +93,9 @@ def test_a_capture_keeps_them(base, data, tokenizer, tmp_path, codec):
     path = tmp_path / "store"
     manifest = run(base, path, f"capture.codec={codec}", "capture.calibrate_on=3")
     assert manifest.head is None and read_manifest(path).temperatures == (1.0,)
+    assert "kl" not in manifest.certificate and manifest.certificate["l1"] > 0
+    assert any("draws without bias" in text for _, text in lines(summary(path)))
+    bars(summary(path))
     batch = pad(samples_of(data, tokenizer)[:3], 0)
     draws = StoreTeacher(path=str(path)).open(tokenizer, Needs(output=True)).score(batch).sparse
     assert len(draws.ids) == len(batch.scored) and (draws.weights.sum(1) - 1).abs().max() < 0.5
@@ -107,3 +111,11 @@ def test_losses_that_need_more_are_refused_with_the_recipe(base, tmp_path):
         parse_recipe(recipe | {"objective": [{"type": "logits", "divergence": "reverse_kl"}]})
     with pytest.raises(RecipeError, match="found temperature 2, expected"):
         parse_recipe(recipe | {"objective": [{"type": "logits", "temperature": 2.0}]})
+
+
+def test_bytes_choose_the_number_of_draws_and_a_kl_is_refused(base, tmp_path):
+    few = run(base, tmp_path / "few", "capture.codec={type: sampled}", "capture.calibrate_on=3", "capture.bytes_per_token=12")
+    more = run(base, tmp_path / "more", "capture.codec={type: sampled}", "capture.calibrate_on=3", "capture.bytes_per_token=24")
+    assert few.certificate["bytes_per_token"] <= 12 < more.certificate["bytes_per_token"] <= 24 and few.codec.draws < more.codec.draws
+    with pytest.raises(RecipeError, match="target_kl: draws have no KL"):
+        run(base, tmp_path / "none", "capture.codec={type: sampled}", "capture.target_kl=0.1")

@@ -61,7 +61,7 @@ def quality_plots(evidence: Evidence) -> list[Plot]:
     colours = arm_colours(evidence)
     plots = []
     for number, (benchmark, metric, example) in enumerate(evidence.headlines()):
-        with _figure(0.5 + 0.24 * len(models)) as (figure, axes):
+        with new_figure(0.5 + 0.24 * len(models)) as (figure, axes):
             for row, (label, per_seed) in enumerate(reversed(models)):
                 found = score(per_seed, benchmark, metric)
                 if found is None or found.value is None:
@@ -83,7 +83,7 @@ def quality_plots(evidence: Evidence) -> list[Plot]:
             axes.grid(axis="x", color=GRID, linewidth=0.8)
             title = metric_name(benchmark, metric, example)
             plots.append(
-                _plot(
+                to_plot(
                     figure, f"quality-{number}", title, f"{title} of {', '.join(label for label, _ in models)}; the table has the figures"
                 )
             )
@@ -102,7 +102,7 @@ def loss_plots(evidence: Evidence) -> list[Plot]:
     colours = FIXED | {name: SERIES[i % len(SERIES)] for i, name in enumerate(terms)}
     plots = []
     for number, (arm, by_name) in enumerate(curves.items()):
-        with _figure(1.9) as (figure, axes):
+        with new_figure(1.9) as (figure, axes):
             for name, runs in by_name.items():
                 dashed = (0, (4, 2)) if name == "teacher NLL" else "solid"
                 _line(axes, runs, colours[name], dashed, name)
@@ -113,7 +113,7 @@ def loss_plots(evidence: Evidence) -> list[Plot]:
             axes.set_xlabel("optimizer step")
             axes.set_ylabel("loss per token")
             axes.legend(frameon=False, fontsize=7.5, labelcolor=INK, loc="upper right", handlelength=1.6, borderaxespad=0.1)
-            plots.append(_plot(figure, f"loss-{number}", arm, f"loss of {arm} over {steps} steps: {', '.join(by_name)}"))
+            plots.append(to_plot(figure, f"loss-{number}", arm, f"loss of {arm} over {steps} steps: {', '.join(by_name)}"))
     return plots
 
 
@@ -148,12 +148,13 @@ def _line(axes: Any, runs: list[list[tuple[int, float]]], colour: str, dashes: A
 
 
 @contextmanager
-def _figure(height: float) -> Iterator[tuple[Any, Any]]:
-    """A figure in our style; settings are given back afterwards."""
+def new_figure(height: float, panels: int = 1, colours: tuple[str, str, str] = (INK, MUTED, GRID)) -> Iterator[tuple[Any, Any]]:
+    """A figure in our style, with its axes (an array of several, one above the other); settings are given back afterwards."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
+    ink, muted, grid = colours
     style = {
         "svg.fonttype": "none",
         "svg.hashsalt": "limbeck",
@@ -161,26 +162,26 @@ def _figure(height: float) -> Iterator[tuple[Any, Any]]:
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
         "font.size": 8.5,
-        "text.color": INK,
-        "axes.labelcolor": MUTED,
-        "axes.edgecolor": GRID,
+        "text.color": ink,
+        "axes.labelcolor": muted,
+        "axes.edgecolor": grid,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.spines.left": False,
         "axes.axisbelow": True,
-        "xtick.color": GRID,
-        "ytick.color": GRID,
-        "xtick.labelcolor": MUTED,
-        "ytick.labelcolor": INK,
+        "xtick.color": grid,
+        "ytick.color": grid,
+        "xtick.labelcolor": muted,
+        "ytick.labelcolor": ink,
         "ytick.major.size": 0,
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
-        yield figure, figure.add_subplot()
+        yield figure, figure.subplots(panels)
 
 
-def _plot(figure: Any, key: str, title: str, description: str) -> Plot:
+def to_plot(figure: Any, key: str, title: str, description: str) -> Plot:
     buffer = io.StringIO()
     with warnings.catch_warnings():
         # a name in a script that the layout's font lacks: the reader's browser has one

@@ -4,6 +4,7 @@ codec, hidden   what is kept of the teacher, as bytes       place     a folder h
 top_k, sampled, quantized  codecs that lose some of it      entropy   integers to bits, by their frequencies
 shard, offsets  the Parquet file that holds those bytes     manifest  what a capture says of itself
 plan            which samples make up which shard           verify    whether a store is what it was
+certificate     what a codec loses                      choose    how much it keeps, for a target
 writer, reader  a capture being written, and being used
 """
 

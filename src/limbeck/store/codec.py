@@ -29,6 +29,14 @@ class Codec(Family):
 
     needs_head: ClassVar[bool] = False
     """Whether the store keeps the teacher's output head, which `decode` then gets."""
+    tuned: ClassVar[str] = ""
+    """The field that says how much is kept, for who has a target of bytes or KL; empty where there is none."""
+    ladder: ClassVar[tuple[float, ...]] = ()
+    """Its values, among which is chosen."""
+
+    def meant_by(self, bytes_per_token: float | None) -> tuple[float, ...]:
+        """More values of it, where so many bytes are wanted."""
+        return ()
 
     @property
     def support(self) -> Support:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from limbeck.store.certificate import in_words
 from limbeck.store.manifest import MANIFEST, read_manifest
 from limbeck.store.place import Place
 
@@ -39,6 +40,9 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("holds", f"{found['num_samples']:,} conversations, {found['num_scored']:,} scored tokens in {found['num_shards']:,} shards"),
         ("size", _size(found)),
     ]
+    if found["target"]:
+        wanted = ", ".join(f"{name} {value:g}" for name, value in found["target"].items() if value is not None)
+        shown.append(("chosen for", f"at most {wanted}"))
     if found["certificate"]:
         shown.extend(_certificate(found))
     if found["num_shards_missing"]:
@@ -53,6 +57,27 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     return shown
 
 
+def bars(found: dict[str, Any]) -> dict[str, list[tuple[str, float, str]]]:
+    """What is worth a look as bars: by title, the label, value and text of each."""
+    measured, charts = found["certificate"], {}
+    if measured:
+        parts = {name: part for name, part in measured["by_entropy"].items() if part["num_scored"]}
+        names = {name: f"{name} ({part['num_scored'] / measured['num_scored']:.0%})" for name, part in parts.items()}
+        charts["KL, by how sure the teacher is"] = [
+            (names[name], max(part["kl"], 0.0), f"{part['kl']:.4f}") for name, part in parts.items() if "kl" in part
+        ]
+        if "gradient_angle" in measured:
+            charts["gradient of a new student: angle in degrees"] = [
+                (names[name], part["gradient_angle"], f"{part['gradient_angle']:.2f}")
+                for name, part in parts.items()
+                if "gradient_angle" in part
+            ]
+    once = {name: found[name]["bytes"] for name in ("head", "model") if found[name]}
+    sizes = {"shards": found["bytes"] - sum(once.values()), **once}
+    charts["MB on the disk"] = [(name, size / 2**20, f"{size / 2**20:,.1f}") for name, size in sizes.items()]
+    return charts
+
+
 def _settings(spec: dict[str, Any]) -> str:
     return " ".join([spec["type"], *(f"{key}={value}" for key, value in spec.items() if key != "type" and value is not None)])
 
@@ -60,13 +85,18 @@ def _settings(spec: dict[str, Any]) -> str:
 def _certificate(found: dict[str, Any]) -> list[tuple[str, str]]:
     measured = found["certificate"]
     once = sum(found[name]["bytes"] for name in ("head", "model") if found[name]) / 2**20
-    buckets = ", ".join(f"{name} {part['kl']:.3f}" for name, part in measured["by_entropy"].items() if part["num_scored"])
-    what = f"KL {measured['kl']:.4f}, L1 {measured['l1']:.3f}, same first token {measured['top1']:.1%}, mass kept {measured['mass']:.1%}"
+    key, shown = ("kl", "KL") if "kl" in measured else ("l1", "L1")
+    buckets = ", ".join(f"{name} {part[key]:.3f}" for name, part in measured["by_entropy"].items() if part["num_scored"])
+    what = f"{in_words(measured)}, same first token {measured['top1']:.1%}, mass kept {measured['mass']:.1%}"
     size = f"{measured['bytes_per_token']:.1f} bytes per token and {once:,.1f} MB once (head, tables)"
-    return [
+    found_lines = [
         ("fidelity", f"{what}, on {measured['num_scored']:,} tokens that it was not fitted on"),
-        ("", f"{size}; KL where the teacher is {buckets}"),
+        ("", f"{size}; {shown} where the teacher is {buckets}"),
     ]
+    if "gradient_angle" in measured:
+        ratio = f"{measured['gradient_ratio']:.3f} of its length"
+        found_lines.append(("", f"a new student's gradient: {measured['gradient_angle']:.2f} degrees off the exact one, {ratio}"))
+    return found_lines
 
 
 def _temperatures(served: list[float] | None) -> str:

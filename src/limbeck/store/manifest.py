@@ -94,6 +94,8 @@ class Manifest(Spec):
     version: Literal[2] = 2
     codec: member_of(Codec)  # type: ignore[valid-type]
     """How the output at scored tokens is kept, with its parameters."""
+    target: dict[str, float | None] | None = None
+    """What the codec was chosen for, where it was chosen by measuring."""
     temperatures: tuple[float, ...] | None
     """Temperatures of losses that it can serve; None for all."""
     teacher: TeacherIdentity
@@ -156,7 +158,9 @@ def refuse_foreign(path: str) -> None:
     raise StoreError(f"store {path!r}: found {found}, expected a new folder or one written by `limbeck capture`")
 
 
-def refuse_other(path: str, found: Manifest, wanted: Mapping[str, Any]) -> None:
+def refuse_other(
+    path: str, found: Manifest, wanted: Mapping[str, Any], way_out: str = "Set capture.path to a new folder, or delete this one"
+) -> None:
     """Refuse to add to a capture of something else. `wanted` are fields of the manifest by dotted name, as they would have to be."""
     for field, value in wanted.items():
         there: Any = found
@@ -164,10 +168,7 @@ def refuse_other(path: str, found: Manifest, wanted: Mapping[str, Any]) -> None:
             there = getattr(there, part)
         if there != value:
             shown, needed = (each.model_dump(mode="json") if isinstance(each, Spec) else each for each in (there, value))
-            raise StoreError(
-                f"store {path!r}: holds another capture: {field} is {shown!r}, this recipe needs {needed!r}. "
-                "Set capture.path to a new folder, or delete this one"
-            )
+            raise StoreError(f"store {path!r}: holds another capture: {field} is {shown!r}, this recipe needs {needed!r}. {way_out}")
 
 
 def has_manifest(place: Place) -> bool:

@@ -3,7 +3,8 @@
 States are turned into a basis in which an error costs the same in every direction (the head's Fisher metric, on average over the
 calibration documents) and components are uncorrelated, rounded to a step, and entropy-coded. A step of s costs about s^2/24 nats of KL
 per component, but not at every token alike: where the teacher is sure, a coarser one does. So each token's step is the one with the least
-KL + price * bytes, as the teacher's own head measures them, and the price is what gives the wanted size on the calibration documents.
+KL + price * bytes, the KL estimated from the teacher's most probable tokens, and the price is what gives the wanted size on calibration
+documents of its own.
 """
 
 from __future__ import annotations
@@ -26,11 +27,19 @@ if TYPE_CHECKING:
 STEPS = tuple(0.02 * 2 ** (i / 2) for i in range(15))
 """From 0.02 to 2.6, in units in which a change of all components by one is a KL of about half their number."""
 _RARE = 0.02
-"""A step that a smaller share of the calibration tokens would take is left out: to try it costs a matmul of the head at every token."""
-_FITTED, _PRICED = 16384, 512
-"""Calibration tokens for the basis and the tables, and for the price."""
-_ROWS = 32
-"""Rows whose logits are compared at once, and what their arithmetic depends on: the last ones of a sample are filled up."""
+"""A step that a smaller share of the calibration tokens would take is left out."""
+_FITTED, _TRIED, _PRICED = 16384, 4096, 8192
+"""Calibration tokens for the basis and its scales, for those by step, and for the price: the last from documents of their own."""
+_PER_OCTAVE = 8
+"""Tables are shared by components whose magnitude in steps is the same to within an eighth of an octave."""
+_LARGEST = 14 * _PER_OCTAVE
+"""Of a magnitude, and its negative the smallest."""
+_TOP = 256
+"""Tokens of which a step's change of the logits is computed; of the others, the mean is, and the spread is taken from the metric."""
+_NOISE = 1e-3
+"""Mass outside of those tokens below which their mean is taken to be 0."""
+_ROWS = 64
+"""Rows whose logits live at once, and what their arithmetic depends on: the last ones are filled up."""
 
 
 class Quantized(Codec):
@@ -41,47 +50,65 @@ class Quantized(Codec):
     """Bytes per scored token that the price is set for: more on texts of another kind than the calibration documents."""
 
     needs_head: ClassVar[bool] = True
+    tuned: ClassVar[str] = "bytes_per_token"
+    ladder: ClassVar[tuple[float, ...]] = tuple(round(4 * 2 ** (i / 8), 1) for i in range(57))
+
+    def meant_by(self, bytes_per_token: float | None) -> tuple[float, ...]:
+        return () if bytes_per_token is None else (bytes_per_token,)
 
     def calibrate(self, head: Head, outputs: Iterable[Tensor]) -> dict[str, Tensor]:
         import torch
 
-        rows = torch.cat([part.detach().float().cpu() for part in outputs])
-        # tokens of all documents alike
-        rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), _FITTED)).long()]
+        documents = [part.detach().float().cpu() for part in outputs if len(part)]
+        # what a table costs is told by documents that it has not seen
+        priced = documents[::4] if len(documents) > 4 else documents
+        fitted = [part for i, part in enumerate(documents) if i % 4] if len(documents) > 4 else documents
+        rows = _spread(torch.cat(fitted), _FITTED)
         mean = rows.mean(0)
         forward, back = _basis(rows, mean, fisher(head, rows))
-        model = {"mean": mean, "forward": forward, "back": back}
-        components = (rows - mean) @ forward
-        steps = torch.tensor(STEPS, dtype=torch.float64)
-        sizes, counts = _count(components, steps)
-        some = rows[torch.linspace(0, len(rows) - 1, min(len(rows), _PRICED)).long()]
-        full = {**model, "steps": steps, "sizes": sizes, "counts": counts}
-        taken, price = self._price(*_costs(head, full, some))
-        used = taken.bincount(minlength=len(steps)) >= _RARE * len(taken)
-        sizes, counts = _count(components, steps[used])
-        full = {**model, "steps": steps[used], "sizes": sizes, "counts": counts}
-        taken, price = self._price(*_costs(head, full, some))
-        frequency = 8 * taken.bincount(minlength=int(used.sum())) + 1
-        return {**full, "price": torch.tensor([price], dtype=torch.float64), "frequency": frequency.int()}
+        model = {"mean": mean, "forward": forward, "back": back, "steps": torch.tensor(STEPS, dtype=torch.float64)}
+        components, rows = (rows - mean) @ forward, _spread(rows, _TRIED)
+        scales = components.abs().mean(0).double().expand(len(STEPS), -1)
+        model |= _shapes(components, scales, model["steps"])
+        for _ in range(2):
+            taken, price = self._price(*_costs(head, model, rows), self.bytes_per_token)
+            count = taken.bincount(minlength=len(model["steps"]))
+            used = count >= _RARE * len(taken)
+            tried = (rows - mean) @ forward
+            scales = torch.stack([_scale(tried[taken == i], scales[i]) for i in used.nonzero()[:, 0].tolist()])
+            model["steps"] = model["steps"][used]
+            model |= _shapes(components, scales, model["steps"]) | {"frequency": (8 * count[used] + 1).int()}
+        ends = np.searchsorted(np.cumsum([len(part) for part in priced]), _PRICED) + 1
+        priced = priced[:ends]
+        divergence, size = _costs(head, model, torch.cat(priced))
+        fixed = 0.0
+        for _ in range(2):
+            taken, price = self._price(divergence, size, self.bytes_per_token - fixed)
+            model["price"] = torch.tensor([price], dtype=torch.float64)
+            written = sum(map(len, self._write(model, torch.cat(priced), taken, [len(part) for part in priced])))
+            fixed = written / len(taken) - float(size.gather(1, taken[:, None]).mean())
+        return model
 
     def encode(self, head: Head, model: Mapping[str, Tensor], output: Tensor, lengths: Sequence[int]) -> list[bytes]:
-        import torch
+        rows = output.detach().float().cpu()
+        divergence, size = _costs(head, model, rows)
+        return self._write(model, rows, (divergence + model["price"] * size).argmin(1), lengths)
 
-        blobs, (of_steps, tables) = [], _tables(model)
-        for rows in output.detach().float().cpu().split(list(lengths)):
-            if not len(rows):
+    def _write(self, model: Mapping[str, Tensor], rows: Tensor, taken: Tensor, lengths: Sequence[int]) -> list[bytes]:
+        """A blob per sample, of rows whose steps are chosen."""
+        of_steps, tables = _tables(model)
+        components = (rows - model["mean"]) @ model["forward"]
+        symbols = _symbols(components, model["steps"][taken, None], _halves(model)[taken]).int()
+        blobs = []
+        for steps, values in zip(taken.split(list(lengths)), symbols.split(list(lengths)), strict=True):
+            if not len(steps):
                 blobs.append(b"")
                 continue
-            divergence, size = _costs(head, model, rows)
-            taken = (divergence + model["price"] * size).argmin(1)
-            components = (rows - model["mean"]) @ model["forward"]
-            parts = [(taken.numpy(), of_steps)]
-            for i, step in enumerate(model["steps"].tolist()):
-                at = taken == i
-                if at.any():
-                    symbols = _symbols(components[at], step, model["sizes"][i]).T.contiguous().to(torch.int32).numpy()
-                    parts += zip(symbols, tables[i], strict=True)
-            blobs.append(np.array([len(rows)], "<u4").tobytes() + entropy.write(parts))
+            order, ends = _order(model, steps.numpy())
+            parts = np.split(values.numpy().ravel()[order], ends[:-1])
+            blobs.append(
+                np.array([len(steps)], "<u4").tobytes() + entropy.write([(steps.numpy(), of_steps), *zip(parts, tables, strict=True)])
+            )
         return blobs
 
     def decode(self, head: Head | None, model: Mapping[str, Tensor], blobs: Sequence[bytes], rows: Sequence[np.ndarray]) -> Signal:
@@ -91,27 +118,27 @@ class Quantized(Codec):
 
         assert head is not None
         of_steps, tables = _tables(model)
+        halves, sizes = _halves(model).numpy(), model["steps"].numpy()
         parts = [torch.zeros(0, len(model["mean"]))]
         for blob, wanted in zip(blobs, rows, strict=True):
             if len(wanted):
                 num, reader = int(np.frombuffer(blob[:4], "<u4")[0]), entropy.Reader(blob[4:])
                 taken = reader.take(of_steps, num)
-                components = np.zeros((num, len(model["mean"])), np.float32)
-                for i, step in enumerate(model["steps"].tolist()):
-                    at = taken == i
-                    if at.any():
-                        symbols = np.stack([reader.take(table, int(at.sum())) for table in tables[i]], 1)
-                        components[at] = (symbols - model["sizes"][i].numpy() // 2) * step
-                parts.append(torch.from_numpy(components[wanted]) @ model["back"] + model["mean"])
+                order, ends = _order(model, taken)
+                symbols = np.zeros(len(order), np.int64)
+                counts = np.diff(ends, prepend=0).tolist()
+                symbols[order] = np.concatenate([reader.take(table, count) for table, count in zip(tables, counts, strict=True)])
+                components = (symbols.reshape(num, -1)[wanted] - halves[taken[wanted]]) * sizes[taken[wanted], None]
+                parts.append(torch.from_numpy(components.astype(np.float32)) @ model["back"] + model["mean"])
         return Signal(output=torch.cat(parts).to(head.weight.dtype), teacher_head=head)
 
-    def _price(self, divergence: Tensor, size: Tensor) -> tuple[Tensor, float]:
+    def _price(self, divergence: Tensor, size: Tensor, wanted: float) -> tuple[Tensor, float]:
         """(each token's step, the price of a byte in nats) at which the tokens take the wanted bytes on average, or the nearest to that."""
         low, high = 1e-9, 10.0
         for _ in range(60):
             price = (low * high) ** 0.5
             taken = (divergence + price * size).argmin(1)
-            if float(size.gather(1, taken[:, None]).mean()) > self.bytes_per_token:
+            if float(size.gather(1, taken[:, None]).mean()) > wanted:
                 low = price
             else:
                 high = price
@@ -149,62 +176,112 @@ def _basis(rows: Tensor, mean: Tensor, form: Tensor) -> tuple[Tensor, Tensor]:
     return (root @ turn).float().contiguous(), (turn.T @ inverse).float().contiguous()
 
 
-def _symbols(components: Tensor, step: float, sizes: Tensor) -> Tensor:
+def _spread(rows: Tensor, count: int) -> Tensor:
+    """At most so many rows, of all documents alike."""
+    import torch
+
+    return rows[torch.linspace(0, len(rows) - 1, min(len(rows), count)).long()]
+
+
+def _symbols(components: Tensor, step: Tensor | float, half: Tensor) -> Tensor:
     """Whole steps, counted from 0; beyond its table a component is cut."""
-    half = sizes // 2
     return ((components / step).round().clamp(-half, half) + half).long()
 
 
-def _count(components: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """(sizes `[S, E]`, all tables' counts): how often each whole step was seen, with some of what a Laplace distribution of the same mean
-    magnitude expects, so that what 16,000 tokens did not show costs a few bits and no more. Room for half as much again as was seen."""
+def _scale(components: Tensor, common: Tensor) -> Tensor:
+    """Mean magnitude of each component on the tokens that take a step, with as much of the common one as 32 tokens have."""
+    seen = components.abs().double()
+    level = float(seen.mean() / common.mean())
+    return (seen.sum(0) + 32 * level * common) / (len(seen) + 32)
+
+
+def _shapes(components: Tensor, scales: Tensor, steps: Tensor) -> dict[str, Tensor]:
+    """Which table `[S, E]` codes a component at a step, the tables' sizes, and their counts one after the other.
+
+    A table serves all components of about the same magnitude in steps: what each was seen to be, with some of what a Laplace distribution
+    expects. A table per component and step would know the calibration documents by heart. Room for half as much again as was seen."""
     import torch
 
-    sizes, counts = [], []
-    for step in steps.tolist():
-        half = (1.5 * components.abs().amax(0) / step).ceil().long() + 1
-        sizes.append(2 * half + 1)
-        symbols = _symbols(components, step, sizes[-1])
-        magnitude = (components.abs().mean(0) / step).double().clamp(min=1e-3)
-        for i, each in enumerate(half.tolist()):
-            seen = symbols[:, i].bincount(minlength=2 * each + 1).double()
-            expected = torch.exp(-(torch.arange(-each, each + 1).abs() / magnitude[i]))
-            share = 0.99 * expected / expected.sum() + 0.01 / len(expected)
-            counts.append((64 * seen + 64 * 16 * share).round().clamp(min=1).int())
-    return torch.stack(sizes).int(), torch.cat(counts)
+    magnitude = (_PER_OCTAVE * (scales / steps[:, None]).log2()).round().clamp(-_LARGEST, _LARGEST)
+    levels, shapes = magnitude.unique(return_inverse=True)
+    highest = components.abs().amax(0).double() / steps[:, None]
+    half = (
+        torch.zeros(len(levels), dtype=torch.float64).scatter_reduce(0, shapes.flatten(), (1.5 * highest).flatten(), "amax").ceil().long()
+        + 1
+    )
+    sizes = 2 * half + 1
+    starts = sizes.cumsum(0) - sizes
+    seen = torch.zeros(int(sizes.sum()), dtype=torch.int64)
+    for step, its in zip(steps.tolist(), shapes, strict=True):
+        seen += torch.bincount((_symbols(components, step, half[its]) + starts[its]).flatten(), minlength=len(seen))
+    counts = []
+    for level, each, part in zip(levels.tolist(), half.tolist(), seen.split(sizes.tolist()), strict=True):
+        expected = torch.exp(-(torch.arange(-each, each + 1).abs() / 2 ** (level / _PER_OCTAVE)))
+        share = 0.99 * expected / expected.sum() + 0.01 / len(expected)
+        total = part.sum() + 256
+        counts.append((2**24 * (part + 256 * share) / total).round().clamp(min=1).int())
+    return {"shapes": shapes.int(), "sizes": sizes.int(), "counts": torch.cat(counts)}
 
 
-def _tables(model: Mapping[str, Tensor]) -> tuple[Any, list[list[Any]]]:
-    """The coder's tables: that of the steps, and by step those of the components."""
-    shape = model["sizes"].shape
-    found = entropy.tables_of(model["counts"].numpy().tobytes(), model["sizes"].numpy().tobytes())
-    return entropy.table_of(model["frequency"].numpy()), [found[i * shape[1] : (i + 1) * shape[1]] for i in range(shape[0])]
+def _halves(model: Mapping[str, Tensor]) -> Tensor:
+    """`[S, E]`: the symbol of 0."""
+    return (model["sizes"].long() // 2)[model["shapes"].long()]
+
+
+def _order(model: Mapping[str, Tensor], taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The components of tokens that took these steps, table by table: (their places, where each table's end)."""
+    shapes = model["shapes"].numpy()[taken].ravel()
+    return np.argsort(shapes, kind="stable"), np.bincount(shapes, minlength=len(model["sizes"])).cumsum()
+
+
+def _tables(model: Mapping[str, Tensor]) -> tuple[Any, list[Any]]:
+    """The coder's tables: that of the steps, and those of the components."""
+    return entropy.table_of(model["frequency"].numpy()), entropy.tables_of(
+        model["counts"].numpy().tobytes(), model["sizes"].numpy().tobytes()
+    )
 
 
 def _costs(head: Head, model: Mapping[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(KL in nats, bytes), `[n, S]` each, of every row at every step."""
+    """(KL in nats, bytes), `[n, S]` each, of every row at every step. The KL is an estimate: a step changes the logits of the most
+    probable tokens as it does; those of the others as a normal distribution whose mean is right."""
     import torch
 
     components = (rows - model["mean"]) @ model["forward"]
-    sizes, steps, device = model["sizes"].long(), model["steps"].tolist(), head.weight.device
-    ends = sizes.flatten().cumsum(0)
-    bits = -torch.cat([torch.from_numpy(entropy.probabilities_of(part.numpy())).log2() for part in model["counts"].tensor_split(ends[:-1])])
-    starts = (ends - sizes.flatten()).reshape(sizes.shape)
+    sizes, halves, steps = model["sizes"].long(), _halves(model), model["steps"].tolist()
+    starts = (sizes.cumsum(0) - sizes)[model["shapes"].long()]
+    counts = model["counts"].split(sizes.tolist())
+    bits = -torch.cat([torch.from_numpy(entropy.probabilities_of(part.numpy())).log2() for part in counts])
     divergence, size = torch.zeros(len(rows), len(steps), dtype=torch.float64), torch.zeros(len(rows), len(steps), dtype=torch.float64)
     for begin in range(0, len(rows), _ROWS):
         part = slice(begin, min(begin + _ROWS, len(rows)))
-        count = part.stop - begin
-
-        def log_probs(states: Tensor, count: int = count) -> Tensor:
-            filled = torch.nn.functional.pad(states, (0, 0, 0, _ROWS - count)).to(device)
-            with torch.no_grad():
-                return torch.log_softmax(head(filled), -1)[:count].clamp(min=-1e30)
-
-        exact = log_probs(rows[part])
-        probs = exact.exp()
+        errors = []
         for i, step in enumerate(steps):
-            symbols = _symbols(components[part], step, sizes[i])
+            symbols = _symbols(components[part], step, halves[i])
             size[part, i] = bits[starts[i] + symbols].sum(1) / 8
-            kept = (symbols - sizes[i] // 2) * step @ model["back"] + model["mean"]
-            divergence[part, i] = (probs * (exact - log_probs(kept))).sum(-1).double().cpu()
+            errors.append((symbols - halves[i]) * step - components[part])
+        divergence[part] = _divergence(head, model["back"], rows[part], torch.stack(errors, 1))
     return divergence, size
+
+
+def _divergence(head: Head, back: Tensor, rows: Tensor, errors: Tensor) -> Tensor:
+    """`[n, S]`: KL of rows `[n, E]` that come back with errors `[n, S, E]` of their components."""
+    import torch
+
+    filled = torch.nn.functional.pad(rows, (0, 0, 0, _ROWS - len(rows))).to(head.weight.device)
+    with torch.no_grad():
+        logits, weight = head(filled), head.weight.float()
+        probs = torch.softmax(logits, -1)
+        top, ids = probs.topk(min(_TOP, probs.shape[1]), -1)
+        slope = head.slope(logits)
+        changes = torch.nn.functional.pad(errors.float(), (0, 0, 0, 0, 0, _ROWS - len(rows))).to(weight.device) @ back.to(weight.device)
+        overall = torch.einsum("nse,ne->ns", changes, (probs * slope) @ weight)  # mean change of all logits
+        of_top = torch.einsum("nse,nke->nsk", changes, weight[ids]) * (
+            slope.gather(-1, ids)[:, None] if isinstance(slope, torch.Tensor) else slope
+        )
+        known = (top[:, None] * of_top).sum(-1)
+        rest = (1 - top.sum(-1, keepdim=True)).clamp(min=1e-30)
+        # of less than this the mean would be the rounding noise of the sums
+        mean = ((overall - known) / rest).where(rest > _NOISE, 0.0)
+        spread = torch.nn.functional.pad(errors.float().square().sum(-1) / 2, (0, 0, 0, _ROWS - len(rows))).to(weight.device)
+        total = torch.logaddexp((top.log()[:, None] + of_top).logsumexp(-1), rest.log() + mean + spread)
+        return (total - known - rest * mean)[: len(rows)].double().cpu()

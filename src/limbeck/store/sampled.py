@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -33,6 +33,10 @@ class SampledCodec(Codec):
     """Tokens drawn from each distribution and how often, for losses that are linear in the teacher's probabilities: forward KL at T = 1."""
 
     type: Literal["sampled"] = "sampled"
+
+    tuned: ClassVar[str] = "draws"
+    ladder: ClassVar[tuple[float, ...]] = tuple(round(2 ** (i / 2)) for i in range(2, 23))
+
     draws: int = Field(50, gt=0, lt=2**15)
     """Each draw stands for a mass of 1 / `draws`. Fewer different tokens are drawn: few where the teacher is sure."""
     k: int = Field(0, ge=0)

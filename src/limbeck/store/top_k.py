@@ -7,7 +7,7 @@ as differences of whole steps.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -68,20 +68,20 @@ class TopTokens(Codec):
         ids, gaps = torch.zeros(vocabulary, dtype=torch.int64), torch.zeros(k, levels, dtype=torch.int64)
         tails, counts = torch.zeros(len(self.temperatures), levels, dtype=torch.int64), torch.zeros(k + 1, dtype=torch.int64)
         outside = torch.zeros(len(self.temperatures), vocabulary, dtype=torch.float64)
-        for output in outputs:
-            for logits in logit_blocks(head, output):
-                kept = self._kept(logits)
-                mask = torch.arange(k) < kept.counts[:, None]
-                ids += torch.bincount(kept.ids[mask], minlength=vocabulary)
-                counts += torch.bincount(kept.counts, minlength=k + 1)
-                for rank in range(k):
-                    gaps[rank] += torch.bincount(kept.gaps[mask[:, rank], rank], minlength=levels)
-                for i, temperature in enumerate(self.temperatures):
-                    tails[i] += torch.bincount(kept.tails[:, i], minlength=levels)
-                    if self.prior:
-                        probs = torch.softmax(logits / temperature, -1)
-                        # a padded id is one of the row's own
-                        outside[i] += probs.scatter(-1, kept.padded, 0.0).double().sum(0).cpu()
+        documents = list(outputs)
+        for logits in logit_blocks(head, torch.cat(documents)) if documents else ():
+            kept = self._kept(logits)
+            mask = torch.arange(k) < kept.counts[:, None]
+            ids += torch.bincount(kept.ids[mask], minlength=vocabulary)
+            counts += torch.bincount(kept.counts, minlength=k + 1)
+            for rank in range(k):
+                gaps[rank] += torch.bincount(kept.gaps[mask[:, rank], rank], minlength=levels)
+            for i, temperature in enumerate(self.temperatures):
+                tails[i] += torch.bincount(kept.tails[:, i], minlength=levels)
+                if self.prior:
+                    probs = torch.softmax(logits / temperature, -1)
+                    # a padded id is one of the row's own
+                    outside[i] += probs.scatter(-1, kept.padded, 0.0).double().sum(0).cpu()
         found = {"ids": 4 * ids + 1, "gaps": smooth(gaps), "tails": smooth(tails), "counts": 16 * counts + 1}
         model = {name: value.clamp(max=2**31 - 1).int() for name, value in found.items()}
         if self.prior:
@@ -165,6 +165,9 @@ class TopKCodec(TopTokens):
 
     type: Literal["topk"] = "topk"
 
+    tuned: ClassVar[str] = "k"
+    ladder: ClassVar[tuple[float, ...]] = tuple(sorted({round(2 ** (i / 4)) for i in range(41)}))
+
     def count(self, log_probs: Tensor) -> Tensor:
         import torch
 
@@ -177,6 +180,9 @@ class Nucleus(TopTokens):
     type: Literal["nucleus"] = "nucleus"
     mass: float = Field(0.95, gt=0, lt=1)
     """The mass that is held, unless `k` tokens hold less."""
+
+    tuned: ClassVar[str] = "mass"
+    ladder: ClassVar[tuple[float, ...]] = tuple(round(1 - 2 ** (-i / 4), 4) for i in range(1, 49))
 
     def count(self, log_probs: Tensor) -> Tensor:
         before = log_probs.exp().cumsum(1) - log_probs.exp()  # mass of the more probable ones
