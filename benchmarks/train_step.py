@@ -2,7 +2,8 @@
 
 A step is forward, backward, clipping and AdamW, with all that stands between two of them: fetching, padding, logging. SmolLM2-135M-Instruct
 teaches the demo's student, 14 of its blocks. Limbeck's contestants are the demo's arms as `limbeck.train` runs them: `sft`, `online`
-(cross-entropy and forward KL, the teacher runs in every step), `store` (the same from an exact capture, made once beforehand) and `hidden`
+(cross-entropy and forward KL, the teacher runs in every step), `store`, `top64` and `sampled` (the same from captures made beforehand: exact, the 64
+most probable tokens, draws) and `hidden`
 (from the same capture). TRL takes part where it is installed, as it is released: `trl_sft` is SFTTrainer, `trl_gkd` the experimental
 GKDTrainer off-policy (lmbda 0) with forward KL (beta 0).
 
@@ -35,14 +36,18 @@ if TYPE_CHECKING:
     from limbeck.recipe import Recipe
     from limbeck.tokens.sample import Sample
 
-ARMS = {"sft": "sft", "online": "logits", "store": "logits", "hidden": "hidden"}
+ARMS = {"sft": "sft", "online": "logits", "store": "logits", "top64": "logits", "sampled": "logits", "hidden": "hidden"}
 """The demo's arm that a contestant of ours is."""
-FROM_STORE = ("store", "hidden")
+CODECS = {"exact": "{type: exact}", "top64": "{type: topk, k: 64, prior: false}", "sampled": "{type: sampled}"}
+FROM_STORE = {"store": "exact", "top64": "top64", "sampled": "sampled", "hidden": "exact"}
+"""The codec of the capture that a contestant trains from."""
 CONTESTANTS = (*ARMS, *(("trl_sft", "trl_gkd") if find_spec("trl") and find_spec("datasets") else ()))
-CAPTURE = "capture"
+CAPTURES = {f"capture_{codec}": codec for codec in CODECS}
 RATIOS = {
     "online_over_sft": ("online", "sft"),
     "store_over_sft": ("store", "sft"),
+    "top64_over_sft": ("top64", "sft"),
+    "sampled_over_sft": ("sampled", "sft"),
     "hidden_over_sft": ("hidden", "sft"),
     "store_over_online": ("store", "online"),
     "trl_sft_over_ours": ("trl_sft", "sft"),
@@ -68,7 +73,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", choices=CONTESTANTS, help="run these only")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--contestant", choices=(*CONTESTANTS, CAPTURE), help=argparse.SUPPRESS)
+    parser.add_argument("--contestant", choices=(*CONTESTANTS, *CAPTURES), help=argparse.SUPPRESS)
     parser.add_argument("--store", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contestant:
@@ -85,9 +90,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     names = options.only or CONTESTANTS
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        options.store = str(Path(folder, "store"))
-        if any(name in FROM_STORE for name in names):
-            in_process(CAPTURE, options)
+        options.store = folder
+        for name in sorted({f"capture_{FROM_STORE[name]}" for name in names if name in FROM_STORE}):
+            in_process(name, options)
         for turn in range(options.rounds):
             for name in names:
                 runs[name].append(in_process(name, options))
@@ -172,7 +177,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(options.threads)
     recipe = recipe_of(options)
-    if options.contestant == CAPTURE:
+    if options.contestant in CAPTURES:
         import limbeck
 
         limbeck.capture(recipe)
@@ -213,10 +218,10 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         "train.optimizer.warmup_fraction=0",
     ]
     if name in FROM_STORE:
-        changes.append(f"teacher={{type: store, path: {options.store}}}")
-    if name == CAPTURE:
-        changes.append(f"capture.path={options.store}")
-    arm = "hidden" if name == CAPTURE else ARMS.get(name, "sft")  # the hidden arm says which states are captured
+        changes.append(f"teacher={{type: store, path: {Path(options.store, FROM_STORE[name])}}}")
+    if name in CAPTURES:
+        changes += [f"capture.path={Path(options.store, CAPTURES[name])}", f"capture.codec={CODECS[CAPTURES[name]]}"]
+    arm = "hidden" if name in CAPTURES else ARMS.get(name, "sft")  # the hidden arm says which states are captured
     return parse_recipe(load_study(STUDY).recipes()[arm], changes)
 
 
