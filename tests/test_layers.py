@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("0", ("spec", "batch", "run", "log", "cache")),
     ("1", ("objectives", "tokens", "report.stats")),
     ("1", ("store",)),
-    ("2", ("models", "distributed", "generate")),
+    ("2", ("models", "adapters", "distributed", "generate")),
     ("3", ("teachers", "sources", "learner")),
     ("4", ("evaluate", "optim", "checkpoint", "student", "trackers")),
     ("5", ("recipe",)),

@@ -39,6 +39,7 @@ def describe(recipe: Recipe, where: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "student": recipe.student.model if recipe.student else None,
         "student_shape": {"num_layers": shape[0], "width": shape[1]} if shape else None,
+        "student_parameters": recipe.student.num_parameters() if recipe.student else None,
         "teacher": {"type": recipe.teacher.type, "num_layers": provided.num_layers, "width": provided.width},
         "objective": {key: term.model_dump(mode="json") for key, term in recipe.terms.items()},
         "num_conversations": _num_conversations(recipe),

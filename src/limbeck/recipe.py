@@ -230,7 +230,7 @@ def check_files(recipe: Recipe) -> list[str]:
     from limbeck.cache import resolve_model
 
     problems = []
-    checks: list[Callable[[], object]] = [partial(resolve_model, recipe.student.model)] if recipe.student else []
+    checks: list[Callable[[], object]] = [recipe.student.check] if recipe.student else []
     if model := getattr(recipe.teacher, "model", None):
         checks.append(partial(resolve_model, model))
     if recipe.train:

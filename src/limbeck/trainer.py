@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from limbeck import checkpoint, distributed, optim, trackers
+from limbeck import adapters, checkpoint, distributed, optim, trackers
 from limbeck.batch import Batch, Signal
 from limbeck.distributed import World
 from limbeck.errors import ModelError, RunError
@@ -59,7 +59,7 @@ def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overri
         source = recipe.source.open(tokenizer, recipe.seed)
         for benchmark in recipe.evaluate:
             benchmark.samples(tokenizer)  # what cannot be graded shows before hours of training, not after
-        student = build_student(student_spec, world.device)
+        student = build_student(student_spec, world.device, recipe.seed)
         learner, scorer = assemble(recipe, student, tokenizer, source, world)
         num_steps = spec.steps or math.ceil((spec.epochs or 1) * source.steps_per_epoch(spec.batch_size))
         if world.is_main:
@@ -268,6 +268,10 @@ def _describe(run: Run, recipe: Recipe, source: OpenSource, student: Any, tokeni
     """Take the directory, now that everything has loaded, and say what is trained on and what it starts from (data.json): two runs with
     equal hashes had equal budgets."""
     _, spec = recipe.for_training()
+    initial = weights_hash(adapters.base_weights(student))
+    before = run.read_json("data.json", {}).get("initial_weights_sha256", initial)
+    if before != initial:
+        raise RunError(f"{run.path}: began with a student of weights {before[:12]}, found {initial[:12]}; choose another run directory")
     run.write_json("recipe.json", recipe.to_json())
     run.write_json("environment.json", environment())
     run.write_json("run.json", {"status": "running"})
@@ -280,7 +284,7 @@ def _describe(run: Run, recipe: Recipe, source: OpenSource, student: Any, tokeni
             **source.describe(),
             "num_steps": num_steps,
             "order_sha256": order.hexdigest(),
-            "initial_weights_sha256": weights_hash(dict(student.named_parameters())),
+            "initial_weights_sha256": initial,
             "vocabulary_sha256": vocabulary_hash(tokenizer),
             "template_sha256": template_hash(tokenizer),
         },
@@ -297,6 +301,8 @@ def _forget_after(run: Run, step: int) -> None:
 
 def _finish(run: Run, recipe: Recipe, student: Any, tokenizer: Any, world: World) -> None:
     """Export the student, evaluate it, and mark the run as finished."""
+    adapters.save(student, run.adapters)
+    adapters.merge(student)
     temporary = run.path / "student.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     save_model(student, tokenizer, temporary)
