@@ -176,6 +176,7 @@ class _Capture:
                 name=self.teacher.model,
                 revision=self.teacher.revision,
                 dtype=self.teacher.dtype,
+                load_in=self.teacher.load_in,
                 weights_sha256=weights_hash(dict(scorer.model.named_parameters())),
                 num_layers=scorer.num_layers,
                 width=scorer.width,

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,29 @@ from limbeck.objectives.head import Head
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_model(name: str, dtype: str = "float32", revision: str | None = None, device: str = "cpu") -> Any:
-    """A causal LM by folder, cached name or hub name, in eval mode."""
+def load_model(
+    name: str, dtype: str = "float32", revision: str | None = None, device: str = "cpu", load_in: Literal["8bit", "4bit"] | None = None
+) -> Any:
+    """A causal LM by folder, cached name or hub name, in eval mode; with `load_in`, its linear layers keep that many bits per weight."""
     from transformers import AutoModelForCausalLM
 
     source = resolve_model(name)
+    settings: dict[str, Any] = {"dtype": DTYPES[dtype], "revision": revision, "use_safetensors": True, "trust_remote_code": False}
+    if load_in is not None:
+        settings |= {"quantization_config": _in_bits(load_in, DTYPES[dtype]), "device_map": {"": device}}
     with _named(name, "model"), _quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], revision=revision, use_safetensors=True, trust_remote_code=False
-        )
-    return model.eval().to(device)
+        model = AutoModelForCausalLM.from_pretrained(source, **settings)
+    return model.eval() if load_in is not None else model.eval().to(device)
+
+
+def _in_bits(load_in: Literal["8bit", "4bit"], dtype: torch.dtype) -> Any:
+    """bitsandbytes' settings: LLM.int8 (2208.07339) without columns in full precision, whose choice would depend on the other texts of a
+    batch; NF4 with double quantisation (2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
 
 
 def fetch_config(name: str, revision: str | None = None) -> None:

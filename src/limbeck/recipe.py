@@ -156,7 +156,8 @@ class Recipe(Spec):
         dtype = getattr(self.teacher, "dtype", "float32")
         hidden = self.capture.hidden or HiddenCodec.members[dtype]()  # type: ignore[call-arg]
         if has_manifest(Place(self.capture.path)):
-            needed = {"teacher.dtype": dtype, "codec": self.capture.codec, "layers": tuple(sorted(set(layers))), "hidden": hidden}
+            load_in = getattr(self.teacher, "load_in", None)
+            needed = {"teacher.dtype": dtype, "teacher.load_in": load_in, "codec": self.capture.codec, "layers": tuple(sorted(set(layers))), "hidden": hidden}
             refuse_other(self.capture.path, read_manifest(self.capture.path), needed)
         return self.capture, Needs(output=True, layers=frozenset(layers)), hidden
 
@@ -227,15 +228,11 @@ def require_files(recipe: Recipe, where: str = "recipe") -> None:
 def check_files(recipe: Recipe) -> list[str]:
     """What a recipe names that is not there (data, models that are neither local nor a hub name, a benchmark's cases, a tracker's
     package); messages, empty where all is well."""
-    from limbeck.cache import resolve_model
-
     problems = []
     checks: list[Callable[[], object]] = [recipe.student.check] if recipe.student else []
-    if model := getattr(recipe.teacher, "model", None):
-        checks.append(partial(resolve_model, model))
     if recipe.train:
         checks.append(partial(require_trackers, recipe.train.report_to))
-    for check in (*checks, recipe.source.check, *(benchmark.check for benchmark in recipe.evaluate)):
+    for check in (*checks, recipe.teacher.check, recipe.source.check, *(benchmark.check for benchmark in recipe.evaluate)):
         try:
             check()
         except LimbeckError as error:

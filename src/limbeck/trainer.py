@@ -79,7 +79,7 @@ def assemble(recipe: Recipe, student: Any, tokenizer: Any, source: OpenSource, w
         recipe.teacher.prepare()  # a layer map depends on how many blocks the teacher has
     provided = recipe.teacher.provides()
     needs = needs_of(terms, len(blocks(student)), provided.num_layers or 0) if provided.output else Needs()
-    scorer = recipe.teacher.open(tokenizer, needs, world.device) if needs.anything else None
+    scorer = recipe.teacher.open_beside(student, tokenizer, needs, world.device) if needs.anything else None
     if scorer is not None:
         scorer.require(source.samples)
     num_tokens = scorer.vocabulary if scorer is not None else len(vocabulary(tokenizer))
