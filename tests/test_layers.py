@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("1", ("store",)),
     ("2", ("models", "adapters", "distributed", "generate")),
     ("3", ("teachers", "sources", "learner")),
+    ("3", ("calibration",)),
     ("4", ("evaluate", "optim", "checkpoint", "student", "trackers")),
     ("5", ("recipe",)),
     ("6", ("trainer", "capture")),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -174,7 +175,9 @@ def save(model: Any, path: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(state, temporary / "adapter_model.safetensors", {"format": "pt"})
-        model.peft_config["default"].save_pretrained(temporary)
+        config = copy(model.peft_config["default"])
+        config.inference_mode = True  # of who loads them: frozen
+        config.save_pretrained(temporary)
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
     except (OSError, SafetensorError) as error:

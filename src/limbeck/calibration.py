@@ -5,7 +5,7 @@ Nothing runs until a term asks. The samples are the first of the run's order, so
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -77,9 +77,3 @@ def settle(
             maps[key]["pairs"] = distributed.from_main(maps[key]["pairs"], world)
             settled[key] = term.mapped(tuple((student, teacher) for student, teacher in maps[key]["pairs"]))
     return settled, maps
-
-
-def begin(projections: Mapping[str, Any], terms: Mapping[str, HiddenTerm], pairs: Mapping[str, Sequence[tuple[int, int]]], states: Calibration) -> None:
-    """Give the projections of hidden terms their first values."""
-    for key, term in terms.items():
-        term.begin(projections[key], pairs[key], states)

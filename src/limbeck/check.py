@@ -46,7 +46,8 @@ def describe(recipe: Recipe, where: str) -> dict[str, Any]:
         "benchmarks": [benchmark.key for benchmark in recipe.evaluate],
     }
     if shape and provided.num_layers:
-        maps = {key: term.layer_pairs(shape[0], provided.num_layers) for key, term in recipe.terms.items() if isinstance(term, HiddenTerm)}
+        hidden = {key: term for key, term in recipe.terms.items() if isinstance(term, HiddenTerm) and term.is_settled}
+        maps = {key: term.layer_pairs(shape[0], provided.num_layers) for key, term in hidden.items()}
         found["layer_pairs"] = {key: [list(pair) for pair in pairs] for key, pairs in maps.items()}
     return found
 

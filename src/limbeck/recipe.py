@@ -156,8 +156,13 @@ class Recipe(Spec):
         dtype = getattr(self.teacher, "dtype", "float32")
         hidden = self.capture.hidden or HiddenCodec.members[dtype]()  # type: ignore[call-arg]
         if has_manifest(Place(self.capture.path)):
-            load_in = getattr(self.teacher, "load_in", None)
-            needed = {"teacher.dtype": dtype, "teacher.load_in": load_in, "codec": self.capture.codec, "layers": tuple(sorted(set(layers))), "hidden": hidden}
+            needed = {
+                "teacher.dtype": dtype,
+                "teacher.load_in": getattr(self.teacher, "load_in", None),
+                "codec": self.capture.codec,
+                "layers": tuple(sorted(set(layers))),
+                "hidden": hidden,
+            }
             refuse_other(self.capture.path, read_manifest(self.capture.path), needed)
         return self.capture, Needs(output=True, layers=frozenset(layers)), hidden
 
@@ -194,10 +199,10 @@ def check_layers(recipe: Recipe) -> None:
         if not isinstance(term, HiddenTerm) or provided.num_layers is None:
             continue
         try:
-            pairs = term.layer_pairs(shape[0], provided.num_layers)
+            needed = term.needs(shape[0], provided.num_layers).layers
         except RecipeError as error:
             raise ValueError(str(error)) from None
-        if provided.layers is not None and (lacking := sorted({teacher for _, teacher in pairs} - provided.layers)):
+        if provided.layers is not None and (lacking := sorted(needed - provided.layers)):
             raise ValueError(
                 f"objective: the {key!r} term maps teacher blocks {lacking}, the capture holds {sorted(provided.layers)}; "
                 "capture again with capture.layers, or map those"

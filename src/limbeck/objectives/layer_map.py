@@ -22,7 +22,8 @@ def linear_cka(x: Sequence[Float[Tensor, "r d"]], y: Sequence[Float[Tensor, "r e
     import torch
 
     theirs = torch.stack([_products(states) for states in y])
-    return torch.stack([theirs @ _products(states) for states in x])
+    similarity: Tensor = torch.stack([theirs @ _products(states) for states in x])
+    return similarity
 
 
 def _products(states: Tensor) -> Tensor:
@@ -49,10 +50,11 @@ def rising_path(similarity: Float[Tensor, "s t"]) -> list[int]:
 
 
 def ridge(x: Float[Tensor, "r d"], y: Float[Tensor, "r e"], strength: float) -> Float[Tensor, "e d"]:
-    """P that minimises ||x P' - y||^2 + lambda ||P||^2, with lambda = strength times the mean square of a feature of x, summed over tokens."""
+    """P that minimises ||x P' - y||^2 + c ||P||^2, where c is `strength` times the sum of squares of a feature of x, on average."""
     import torch
 
     x, y = x.double(), y.double()
     gram = x.T @ x
     gram.diagonal().add_(strength * gram.diagonal().mean())
-    return torch.linalg.solve(gram, x.T @ y).T.float()
+    solution: Tensor = torch.linalg.solve(gram, x.T @ y)
+    return solution.T.float()

@@ -39,6 +39,10 @@ class Scorer(Protocol):
     vocabulary: int
     """Tokens shared with the student; the teacher's distribution is over these."""
 
+    def asking(self, needs: Needs) -> Scorer:
+        """The same teacher, asked for less. Called only of one that gives hidden states."""
+        ...
+
     def score(self, batch: Batch) -> Signal:
         """The Signal for a batch, with the fields that were asked for when the teacher was opened."""
         ...

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from limbeck.batch import Batch, Signal
 
+Alone = Callable[[], AbstractContextManager[None]]
+
 
 class ModelTeacher(Teacher):
     """A causal LM of transformers, never trained.
@@ -70,7 +72,7 @@ class ModelTeacher(Teacher):
         say(f"teacher {self.model}: the student with its adapters switched off")
         return self._scorer(student, tokenizer, needs, partial(adapters.switched_off, student))
 
-    def _scorer(self, model: Any, tokenizer: Any, needs: Needs, alone: Callable[[], AbstractContextManager[None]]) -> ModelScorer:
+    def _scorer(self, model: Any, tokenizer: Any, needs: Needs, alone: Alone) -> ModelScorer:
         from limbeck.models import blocks, head, load_tokenizer, verify_head
         from limbeck.tokens.identity import shared_vocabulary
 
@@ -87,7 +89,13 @@ class ModelScorer:
     """
 
     def __init__(
-        self, name: str, model: Any, head: Any, num_layers: int, needs: Needs, alone: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        name: str,
+        model: Any,
+        head: Any,
+        num_layers: int,
+        needs: Needs,
+        alone: Alone = nullcontext,
     ) -> None:
         self.name, self.model, self.head, self.num_layers, self.needs, self.alone = name, model, head, num_layers, needs, alone
         self.width = head.weight.shape[1]
