@@ -15,7 +15,7 @@ from torch import Tensor
 from limbeck import distributed
 from limbeck.distributed import World
 from limbeck.models import blocks, forward
-from limbeck.objectives.base import HiddenTerm, Term
+from limbeck.objectives.base import Calibration, HiddenTerm, States, Term
 from limbeck.sources.base import OpenSource
 from limbeck.teachers import Scorer
 from limbeck.tokens.pad import pad
@@ -25,18 +25,18 @@ MAX_SAMPLES, MAX_TOKENS = 64, 4096
 """What is looked at: more would cost minutes on a large model, and change little."""
 
 
-class Calibration:
-    """`student[block]` and `teacher[block]` are states `[r, width]` in float32; the teacher's as far as it was opened for them."""
+class FirstSamples(Calibration):
+    """States `[r, width]` in float32 at up to MAX_TOKENS tokens."""
 
     def __init__(self, student: Any, scorer: Scorer | None, source: OpenSource, device: str) -> None:
         self._student, self._scorer, self._source, self._device = student, scorer, source, device
 
     @property
-    def student(self) -> Mapping[int, Tensor]:
+    def student(self) -> States:
         return self._states[0]
 
     @property
-    def teacher(self) -> Mapping[int, Tensor]:
+    def teacher(self) -> States:
         return self._states[1]
 
     @cached_property

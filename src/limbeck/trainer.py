@@ -24,7 +24,7 @@ from torch import nn
 
 from limbeck import adapters, checkpoint, distributed, optim, trackers
 from limbeck.batch import Batch, Signal
-from limbeck.calibration import Calibration, settle
+from limbeck.calibration import FirstSamples, settle
 from limbeck.distributed import World
 from limbeck.errors import ModelError, RunError
 from limbeck.evaluate import Subject
@@ -100,7 +100,7 @@ def assemble(
         verify_packing(student)
         if scorer is not None:
             scorer.verify_packing()
-    calibration = Calibration(student, scorer, source, world.device)
+    calibration = FirstSamples(student, scorer, source, world.device)
     settled, layer_maps = settle(terms, calibration, known or {}, world)
     if scorer is not None and layer_maps:
         scorer = scorer.asking(needs_of(settled, len(blocks(student)), scorer.num_layers))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -25,14 +25,18 @@ Count = Literal["scored", "represented"]
 LayerPairs = tuple[tuple[int, int], ...]
 
 
-class Calibration(Protocol):
+class Calibration:
     """States of student and teacher at the same tokens, before training."""
 
     @property
-    def student(self) -> States: ...
+    def student(self) -> States:
+        """Of all blocks."""
+        raise NotImplementedError
 
     @property
-    def teacher(self) -> States: ...
+    def teacher(self) -> States:
+        """Of the blocks that all terms together need."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
