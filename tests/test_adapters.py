@@ -52,8 +52,8 @@ def tree(model_dir: Path, tmp_path: Path) -> dict[str, Any]:
         ({"targets": ["embed"]}, f"student.lora.targets: found 'embed', expected linear layers of the blocks: {NAMES}"),
         (
             {"rank": 17},
-            "student.lora.rank: found 17, expected at most 16: the weight of model.layers.0.self_attn.k_proj is 16 x 32, and no change of it "
-            "has a higher rank",
+            "student.lora.rank: found 17, expected at most 16: the weight of model.layers.0.self_attn.k_proj is 16 x 32, and no change of "
+            "it has a higher rank",
         ),
     ],
 )
@@ -183,3 +183,13 @@ def test_another_base_under_the_same_name_is_refused_on_resume(tree: dict[str, A
     save_model(tmp_path / "model", tiny_model(seed=2), tokenizer)
     with pytest.raises(RunError, match="began with a student of weights"):
         limbeck.train(tree, tmp_path / "run", ["train.checkpoint_every=1"])
+
+
+def test_export_is_the_merged_student_and_its_card_says_how_it_was_trained(tree: dict[str, Any], tmp_path: Path) -> None:
+    from limbeck.export import export
+
+    tree["student"]["lora"] |= {"dora": True, "targets": ["q_proj", "v_proj"]}
+    run = limbeck.train(tree, tmp_path / "run")
+    path = export(run, tmp_path / "out")
+    assert "| trained | DoRA of rank 4, alpha 32, on q_proj, v_proj; merged into the weights |" in (path / "README.md").read_text()
+    assert set(weight_shapes(str(path))) == set(weight_shapes(tree["student"]["model"]))
