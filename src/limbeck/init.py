@@ -59,8 +59,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         _recipe({"type": "ce"}, HIDDEN, teacher=TEACHER),
     ),
     "lora": (
-        "Fine-tuning of low-rank adapters that stays near the model it began with: the teacher is that model, which is the student with its\n"
-        "adapters switched off, so that it takes no memory of its own. Needs: pip install 'limbeck[lora]'",
+        "Fine-tuning of low-rank adapters that stays near the model it began with: the teacher is that model, which is the student\n"
+        "with its adapters switched off, so that it takes no memory of its own. Needs: pip install 'limbeck[lora]'",
         _recipe({"type": "ce"}, {**LOGITS, "weight": 0.2}, teacher=TEACHER, student={"model": MODEL, "lora": {"rank": 8, "alpha": 16}}),
     ),
     "study": ("A study: the same data, budget and teacher for several methods, and a report.\n  limbeck study {file}", _study()),

@@ -117,7 +117,9 @@ def make_page(evidence: Evidence) -> Page:
     )
 
 
-_LAYERS_NOTE = "Before training: the larger a dot, the more alike are the states of the two blocks (linear CKA). Ringed: the pairs that are mapped."
+_LAYERS_NOTE = (
+    "Before training: the larger a dot, the more alike are the states of the two blocks (linear CKA). Ringed: the pairs that are mapped."
+)
 _LOSS_NOTE = (
     "What was optimised, on one pair of axes for all arms: cross-entropy and divergences in nats per scored token, hidden-state distances "
     "per token, totals with their weights. Lines are means over seeds, bands their range. Teacher NLL is the teacher’s on the same tokens."

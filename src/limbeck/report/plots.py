@@ -119,7 +119,7 @@ def loss_plots(evidence: Evidence) -> list[Plot]:
 
 def layer_map_plots(evidence: Evidence) -> list[Plot]:
     """One plot per hidden term whose map the data decided: a dot per pair of blocks, as large as they are alike; the chosen ones ringed."""
-    plots = []
+    plots: list[Plot] = []
     for arm, runs in evidence.arms.items():
         for key, found in (runs[0].data.get("layer_maps", {}) if runs else {}).items():
             rows, columns, chosen = found["student_blocks"], found["teacher_blocks"], found["pairs"]
