@@ -14,7 +14,7 @@ from limbeck import adapters
 from limbeck.adapters import Lora, linear_layers
 from limbeck.cache import weight_shapes
 from limbeck.check import check
-from limbeck.errors import RecipeError
+from limbeck.errors import ModelError, RecipeError
 from limbeck.models import blocks, forward
 from limbeck.objectives.base import Needs
 from limbeck.recipe import check_files, parse_recipe
@@ -114,6 +114,14 @@ def test_shapes_come_from_all_files_of_a_model(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert weight_shapes(str(tmp_path)) == {name: tuple(value.shape) for name, value in model.named_parameters()}
     assert len(linear_layers(weight_shapes(str(tmp_path)).items())) == 4 * 7
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 16, b"\x02" + bytes(7) + b"[]", b"\x09" + bytes(7) + b'{"a": {}}'])
+def test_weights_that_are_none_are_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match="its weights are not readable as safetensors"):
+        weight_shapes(str(tmp_path))
 
 
 def test_adapters_start_at_zero_and_are_the_same_for_the_same_seed(model_dir: Path) -> None:

@@ -12,6 +12,9 @@ from typing import Any
 
 from limbeck.errors import DataError, ModelError, nearest
 
+MAX_HEADER = 100_000_000
+"""Bytes of a safetensors header, as its own library bounds them."""
+
 
 def cache_dir() -> Path:
     """`$LIMBECK_CACHE`, else `limbeck` in the user's cache folder."""
@@ -70,8 +73,6 @@ def model_config(name: str, revision: str | None = None) -> dict[str, Any] | Non
 
 def weight_shapes(name: str, revision: str | None = None) -> dict[str, tuple[int, ...]] | None:
     """Names and shapes of a model's weights, from the headers of its files; None where these are neither local nor in the hub's cache."""
-    from safetensors import SafetensorError, safe_open
-
     files = [model_file(name, "model.safetensors", revision)]
     index = model_file(name, "model.safetensors.index.json", revision)
     found: dict[str, tuple[int, ...]] = {}
@@ -82,9 +83,10 @@ def weight_shapes(name: str, revision: str | None = None) -> dict[str, tuple[int
         for file in files:
             if file is None or not file.is_file():
                 return None
-            with safe_open(file, "np") as weights:
-                found.update({key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()})  # noqa: SIM118 - no mapping
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+            with open(file, "rb") as stream:  # 8 bytes of length, then JSON by name
+                header = json.loads(stream.read(min(int.from_bytes(stream.read(8), "little"), MAX_HEADER)))
+            found.update({key: tuple(value["shape"]) for key, value in header.items() if key != "__metadata__"})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"model {name!r}: its weights are not readable as safetensors: {error}") from None
     return found
 
