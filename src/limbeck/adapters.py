@@ -170,7 +170,10 @@ def save(model: Any, path: Path) -> None:
     from safetensors.torch import save_file
 
     temporary = path.with_name(f"{path.name}.tmp")
-    state = {f"base_model.model.{name}": value.contiguous() for name, value in get_peft_model_state_dict(model).items()}
+    state = {
+        f"base_model.model.{name}": value.contiguous()
+        for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
