@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     student_spec, spec = recipe.for_training()
     tokenizer = load_tokenizer(student_spec.model)
     source = recipe.source.open(tokenizer, recipe.seed)
-    learner, _ = assemble(recipe, build(student_spec), tokenizer, source, World())
+    learner, _, _ = assemble(recipe, build(student_spec), tokenizer, source, World())
     optimizer = optim.build(spec.optimizer, learner.train())
     for group in optimizer.param_groups:
         group["lr"] = 0.0

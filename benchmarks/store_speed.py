@@ -159,7 +159,7 @@ def assembled(options: argparse.Namespace, way: str) -> tuple[Any, Any, Any]:
     student, spec = recipe.for_training()
     tokenizer = load_tokenizer(student.model)
     source = recipe.source.open(tokenizer, recipe.seed)
-    learner, scorer = assemble(recipe, build(student), tokenizer, source, World())
+    learner, scorer, _ = assemble(recipe, build(student), tokenizer, source, World())
     optimizer = optim.build(spec.optimizer, learner.train())
     for group in optimizer.param_groups:
         group["lr"] = 0.0

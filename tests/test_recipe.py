@@ -221,12 +221,12 @@ def test_blocks_are_counted_after_pruning(tree):
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        ([], "found [], expected `uniform` or at least one"),
-        ([[-1, 0]], "found [(-1, 0)], expected `uniform` or at least one [student block, teacher block], counted from 0"),
+        ([], "found [], expected `uniform`, `cka` or at least one"),
+        ([[-1, 0]], "found [(-1, 0)], expected `uniform`, `cka` or at least one [student block, teacher block], counted from 0"),
         ([[0, 1], [0, 1]], "found the same pair twice"),
         ([[0, 1, 2]], "tuple should have at most 2 items"),
-        ("unifrom", "found 'unifrom', expected 'uniform' or a valid list; did you mean 'uniform'?"),
-        ("all", "found 'all', expected 'uniform' or a valid list"),
+        ("unifrom", "found 'unifrom', expected 'uniform' or 'cka' or a valid list; did you mean 'uniform'?"),
+        ("all", "found 'all', expected 'uniform' or 'cka' or a valid list"),
     ],
 )
 def test_pairs_that_are_none(tree, pairs, message):

@@ -12,6 +12,9 @@ from typing import Any
 
 from limbeck.errors import DataError, ModelError, nearest
 
+MAX_HEADER = 100_000_000
+"""Bytes of a safetensors header, as its own library bounds them."""
+
 
 def cache_dir() -> Path:
     """`$LIMBECK_CACHE`, else `limbeck` in the user's cache folder."""
@@ -51,16 +54,7 @@ def resolve_model(name: str) -> str:
 
 def model_config(name: str, revision: str | None = None) -> dict[str, Any] | None:
     """The config.json of a model as plain JSON, without torch; None where it is neither local nor in the hub's cache."""
-    resolved = resolve_model(name)
-    path: str | Path | None = Path(resolved) / "config.json"
-    if not Path(resolved).is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        try:
-            hit = try_to_load_from_cache(resolved, "config.json", revision=revision)
-        except ValueError as error:
-            raise ModelError(f"model {name!r}: no such folder, and not a hub name: {error}") from None
-        path = hit if isinstance(hit, str) else None
+    path = model_file(name, "config.json", revision)
     if path is None:
         return None
     try:
@@ -75,6 +69,40 @@ def model_config(name: str, revision: str | None = None) -> dict[str, Any] | Non
         if key in config and (type(config[key]) is not int or config[key] < 1):
             raise ModelError(f"{path}: {key}: found {config[key]!r}, expected a number from 1")
     return dict(config)
+
+
+def weight_shapes(name: str, revision: str | None = None) -> dict[str, tuple[int, ...]] | None:
+    """Names and shapes of a model's weights, from the headers of its files; None where these are neither local nor in the hub's cache."""
+    files = [model_file(name, "model.safetensors", revision)]
+    index = model_file(name, "model.safetensors.index.json", revision)
+    found: dict[str, tuple[int, ...]] = {}
+    try:
+        if index is not None:
+            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files = [model_file(name, part, revision) for part in sorted(set(parts))]
+        for file in files:
+            if file is None or not file.is_file():
+                return None
+            with open(file, "rb") as stream:  # 8 bytes of length, then JSON by name
+                header = json.loads(stream.read(min(int.from_bytes(stream.read(8), "little"), MAX_HEADER)))
+            found.update({key: tuple(value["shape"]) for key, value in header.items() if key != "__metadata__"})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"model {name!r}: its weights are not readable as safetensors: {error}") from None
+    return found
+
+
+def model_file(name: str, file: str, revision: str | None = None) -> Path | None:
+    """Where a file of a model lies; None where the model is neither local nor in the hub's cache, or lacks it there."""
+    resolved = resolve_model(name)
+    if os.path.isdir(resolved):
+        return Path(resolved) / file if os.path.exists(Path(resolved) / file) else None
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        hit = try_to_load_from_cache(resolved, file, revision=revision)
+    except ValueError as error:
+        raise ModelError(f"model {name!r}: no such folder, and not a hub name: {error}") from None
+    return Path(hit) if isinstance(hit, str) else None
 
 
 def resolve_data(name: str) -> Path:

@@ -164,6 +164,8 @@ class _Capture:
 
     def _identity(self) -> Manifest:
         scorer = self.scorer
+        # few bits mean nothing without their scales, which are no parameters
+        weights = scorer.model.state_dict() if self.teacher.load_in else dict(scorer.model.named_parameters())
         return Manifest(
             codec=self.spec.codec,
             target=self.spec.target.model_dump() if self.spec.target else None,
@@ -172,7 +174,8 @@ class _Capture:
                 name=self.teacher.model,
                 revision=self.teacher.revision,
                 dtype=self.teacher.dtype,
-                weights_sha256=weights_hash(dict(scorer.model.named_parameters())),
+                load_in=self.teacher.load_in,
+                weights_sha256=weights_hash(weights),
                 num_layers=scorer.num_layers,
                 width=scorer.width,
                 head_scale=scorer.head.scale,

@@ -39,13 +39,15 @@ def describe(recipe: Recipe, where: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "student": recipe.student.model if recipe.student else None,
         "student_shape": {"num_layers": shape[0], "width": shape[1]} if shape else None,
+        "student_parameters": recipe.student.num_parameters() if recipe.student else None,
         "teacher": {"type": recipe.teacher.type, "num_layers": provided.num_layers, "width": provided.width},
         "objective": {key: term.model_dump(mode="json") for key, term in recipe.terms.items()},
         "num_conversations": _num_conversations(recipe),
         "benchmarks": [benchmark.key for benchmark in recipe.evaluate],
     }
     if shape and provided.num_layers:
-        maps = {key: term.layer_pairs(shape[0], provided.num_layers) for key, term in recipe.terms.items() if isinstance(term, HiddenTerm)}
+        hidden = {key: term for key, term in recipe.terms.items() if isinstance(term, HiddenTerm) and term.is_settled}
+        maps = {key: term.layer_pairs(shape[0], provided.num_layers) for key, term in hidden.items()}
         found["layer_pairs"] = {key: [list(pair) for pair in pairs] for key, pairs in maps.items()}
     return found
 

@@ -92,10 +92,11 @@ def _published(root: Path) -> list[Path]:
 
 
 def _weights(learner: nn.Module) -> dict[str, Tensor]:
-    """Parameters (tied ones once) and persistent buffers."""
+    """Parameters that are trained (tied ones once) and persistent buffers. What is frozen comes from the student's model again."""
     state = learner.state_dict()
     buffers = {name: buffer for name, buffer in learner.named_buffers() if name in state}
-    return {name: value.detach().contiguous() for name, value in (*learner.named_parameters(), *buffers.items())}
+    trained = {name: parameter for name, parameter in learner.named_parameters() if parameter.requires_grad}
+    return {name: value.detach().contiguous() for name, value in (*trained.items(), *buffers.items())}
 
 
 def _optimizer_state(learner: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

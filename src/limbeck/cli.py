@@ -65,7 +65,7 @@ def demo(
 
 @app.command()
 def init(
-    method: Annotated[str, typer.Argument(help="sft, logits, logits-offline, hidden or study.")] = "logits",
+    method: Annotated[str, typer.Argument(help="sft, logits, logits-offline, hidden, lora or study.")] = "logits",
     out: Annotated[Path | None, typer.Option(help="New file; recipe.yaml or study.yaml where not given.")] = None,
     as_json: Json = False,
 ) -> None:

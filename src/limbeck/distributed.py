@@ -71,6 +71,15 @@ def sum_over_ranks(values: Mapping[str, float], world: World) -> dict[str, float
     return dict(zip(values, total.tolist(), strict=True))
 
 
+def from_main(pairs: list[list[int]], world: World) -> list[list[int]]:
+    """Rank 0's numbers on every rank, where each has as many: what was computed from floats may differ by a bit on other hardware."""
+    if world.size == 1:
+        return pairs
+    shared = torch.tensor(pairs, device=world.device)
+    dist.broadcast(shared, src=0)
+    return shared.tolist()  # type: ignore[no-any-return]
+
+
 def barrier(world: World) -> None:
     """Wait for all ranks."""
     if world.size > 1:

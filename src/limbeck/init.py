@@ -58,6 +58,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "Hidden-state distillation: the student's blocks follow the teacher's.",
         _recipe({"type": "ce"}, HIDDEN, teacher=TEACHER),
     ),
+    "lora": (
+        "Fine-tuning of low-rank adapters that stays near the model it began with: the teacher is that model, which is the student\n"
+        "with its adapters switched off, so that it takes no memory of its own. Needs: pip install 'limbeck[lora]'",
+        _recipe({"type": "ce"}, {**LOGITS, "weight": 0.2}, teacher=TEACHER, student={"model": MODEL, "lora": {"rank": 8, "alpha": 16}}),
+    ),
     "study": ("A study: the same data, budget and teacher for several methods, and a report.\n  limbeck study {file}", _study()),
 }
 
@@ -80,7 +85,7 @@ def init(method: str = "logits", path: str | Path | None = None) -> Path:
 def starter(method: str, file: str = "recipe.yaml") -> str:
     """The text of a method's starter recipe."""
     about, tree = METHODS[method]
-    verb = [] if "limbeck" in about else [f"  limbeck train {file}"]
+    verb = [] if "limbeck capture" in about or "limbeck study" in about else [f"  limbeck train {file}"]
     head = [*about.format(file=file).splitlines(), *verb, "Every other key has a default; `limbeck schema` lists them for editors."]
     writer = _Writer([f"# {line}" for line in head])
     for key, value in tree.items():

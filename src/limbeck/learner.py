@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from limbeck.batch import Batch, Signal
 from limbeck.models import blocks, forward, head
 from limbeck.objectives import head as output_head
-from limbeck.objectives.base import HiddenTerm, LayerPairs, OutputTerm, Term
+from limbeck.objectives.base import Calibration, HiddenTerm, LayerPairs, OutputTerm, Term
 
 
 class Learner(nn.Module):
@@ -46,6 +46,11 @@ class Learner(nn.Module):
         self.projections = nn.ModuleDict(
             {key: term.projections(len(self.pairs[key]), width, teacher_width, generator) for key, term in self.hidden_terms.items()}
         )
+
+    def fit(self, calibration: Calibration) -> None:
+        """Give projections the first values that their terms take from the data."""
+        for key, term in self.hidden_terms.items():
+            term.fit(self.projections[key], self.pairs[key], calibration)  # type: ignore[arg-type]
 
     def forward(
         self, batch: Batch, signal: Signal, scales: Mapping[str, float], per_term: bool = False

@@ -6,10 +6,11 @@ Nothing here knows of losses or data. Weights are loaded from safetensors only; 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +23,30 @@ from limbeck.objectives.head import Head
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_model(name: str, dtype: str = "float32", revision: str | None = None, device: str = "cpu") -> Any:
-    """A causal LM by folder, cached name or hub name, in eval mode."""
+def load_model(
+    name: str, dtype: str = "float32", revision: str | None = None, device: str = "cpu", load_in: Literal["8bit", "4bit"] | None = None
+) -> Any:
+    """A causal LM by folder, cached name or hub name, in eval mode; with `load_in`, its linear layers keep that many bits per weight."""
     from transformers import AutoModelForCausalLM
 
     source = resolve_model(name)
+    settings: dict[str, Any] = {"dtype": DTYPES[dtype], "revision": revision, "use_safetensors": True, "trust_remote_code": False}
+    if load_in is not None:
+        settings |= {"quantization_config": _in_bits(load_in, DTYPES[dtype]), "device_map": {"": device}}
     with _named(name, "model"), _quiet():
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], revision=revision, use_safetensors=True, trust_remote_code=False
-        )
-    return model.eval().to(device)
+        model = AutoModelForCausalLM.from_pretrained(source, **settings)
+    return model.eval() if load_in is not None else model.eval().to(device)
+
+
+def _in_bits(load_in: Literal["8bit", "4bit"], dtype: torch.dtype) -> Any:
+    """bitsandbytes' settings: LLM.int8 (2208.07339) without columns in full precision, whose choice would depend on the other texts of a
+    batch; NF4 with double quantisation (2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every layer of every forward that 8 bits are computed in float16
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
 
 
 def fetch_config(name: str, revision: str | None = None) -> None:
@@ -216,14 +231,14 @@ def _named(name: str, what: str) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """transformers' own progress bars and warnings off while a model is read or written."""
-    from transformers.utils import logging
+    from transformers.utils import logging as theirs
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        theirs.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            theirs.enable_progress_bar()

@@ -199,7 +199,13 @@ class Recipe(Spec):
         hidden = self.capture.hidden or HiddenCodec.members[dtype]()  # type: ignore[call-arg]
         if has_manifest(Place(self.capture.path)):
             manifest = read_manifest(self.capture.path)
-            needed = {"teacher.dtype": dtype, "layers": tuple(sorted(set(layers))), "hidden": hidden, **self.capture.codec_in(manifest)}
+            needed = {
+                "teacher.dtype": dtype,
+                "teacher.load_in": getattr(self.teacher, "load_in", None),
+                "layers": tuple(sorted(set(layers))),
+                "hidden": hidden,
+                **self.capture.codec_in(manifest),
+            }
             refuse_other(self.capture.path, manifest, needed)
         return self.capture, Needs(output=True, layers=frozenset(layers)), hidden
 
@@ -236,10 +242,10 @@ def check_layers(recipe: Recipe) -> None:
         if not isinstance(term, HiddenTerm) or provided.num_layers is None:
             continue
         try:
-            pairs = term.layer_pairs(shape[0], provided.num_layers)
+            needed = term.needs(shape[0], provided.num_layers).layers
         except RecipeError as error:
             raise ValueError(str(error)) from None
-        if provided.layers is not None and (lacking := sorted({teacher for _, teacher in pairs} - provided.layers)):
+        if provided.layers is not None and (lacking := sorted(needed - provided.layers)):
             raise ValueError(
                 f"objective: the {key!r} term maps teacher blocks {lacking}, the capture holds {sorted(provided.layers)}; "
                 "capture again with capture.layers, or map those"
@@ -270,15 +276,11 @@ def require_files(recipe: Recipe, where: str = "recipe") -> None:
 def check_files(recipe: Recipe) -> list[str]:
     """What a recipe names that is not there (data, models that are neither local nor a hub name, a benchmark's cases, a tracker's
     package); messages, empty where all is well."""
-    from limbeck.cache import resolve_model
-
     problems = []
-    checks: list[Callable[[], object]] = [partial(resolve_model, recipe.student.model)] if recipe.student else []
-    if model := getattr(recipe.teacher, "model", None):
-        checks.append(partial(resolve_model, model))
+    checks: list[Callable[[], object]] = [recipe.student.check] if recipe.student else []
     if recipe.train:
         checks.append(partial(require_trackers, recipe.train.report_to))
-    for check in (*checks, recipe.source.check, *(benchmark.check for benchmark in recipe.evaluate)):
+    for check in (*checks, recipe.teacher.check, recipe.source.check, *(benchmark.check for benchmark in recipe.evaluate)):
         try:
             check()
         except LimbeckError as error:

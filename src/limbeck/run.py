@@ -4,6 +4,7 @@ recipe.json        the resolved recipe                      environment.json   v
 data.json          what was trained on: counts, hashes      metrics.jsonl      one object per optimizer step
 checkpoints/       see checkpoint.py                        evals/NAME.json    one benchmark result each
 student/           the trained model, for any HF tool       run.json           status, totals, timings
+adapters/          LoRA's, for PEFT; merged into student/
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class Run:
     @property
     def student(self) -> Path:
         return self.path / "student"
+
+    @property
+    def adapters(self) -> Path:
+        return self.path / "adapters"
 
     @property
     def metrics_file(self) -> Path:
@@ -123,7 +128,7 @@ def _brief(value: Any) -> str:
 
 def environment() -> dict[str, Any]:
     """Versions and the machine's shape; no host name, user name or environment variable."""
-    packages = ("limbeck", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy", "pydantic")
+    packages = ("limbeck", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy", "pydantic", "peft", "bitsandbytes")
     versions = {}
     for package in packages:
         with suppress(metadata.PackageNotFoundError):

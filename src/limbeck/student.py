@@ -1,12 +1,15 @@
-"""Where a student comes from: a pre-trained model as it is, or a depth-pruned copy of one."""
+"""Where a student comes from: a pre-trained model as it is, a depth-pruned copy of one, or one with adapters."""
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from pydantic import Field, model_validator
 
-from limbeck.cache import model_config
+from limbeck import adapters
+from limbeck.adapters import Lora
+from limbeck.cache import model_config, resolve_model, weight_shapes
 from limbeck.errors import ModelError, RecipeError
 from limbeck.spec import Spec
 
@@ -22,6 +25,8 @@ class Student(Spec):
     """Prune to these blocks, counted from 0, in this order of depth. A pruned model must be trained before it is good for anything."""
     num_layers: int | None = Field(None, gt=0)
     """Prune to this many blocks, spread evenly over the depth, the first and the last included."""
+    lora: Lora | None = None
+    """Train low-rank adapters and leave the model's own weights as they are; all weights are trained where it is not set."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Student:
@@ -31,6 +36,11 @@ class Student(Spec):
             not self.keep_layers or sorted(set(self.keep_layers)) != self.keep_layers or self.keep_layers[0] < 0
         ):
             raise ValueError(f"keep_layers: found {self.keep_layers}, expected block numbers from 0, rising, none twice")
+        if self.lora is not None and (key := "keep_layers" if self.keep_layers else "num_layers" if self.num_layers else None):
+            raise ValueError(
+                f"found both {key} and lora, expected one of them: adapters belong to a model that others have, and a pruned one must be "
+                "trained as a whole first"
+            )
         return self
 
     def kept(self, total: int) -> list[int]:
@@ -54,9 +64,29 @@ class Student(Spec):
             return None
         return len(self.kept(config["num_hidden_layers"])), config["hidden_size"]
 
+    def check(self) -> None:
+        """Raise on what can be seen before the model is loaded: a missing model or package, adapters that it has no place for."""
+        resolve_model(self.model)
+        if self.lora is not None:
+            shapes = weight_shapes(self.model, self.revision)
+            self.lora.check(adapters.linear_layers(shapes.items()) if shapes is not None else None)
 
-def build(spec: Student, device: str = "cpu") -> Any:
-    """The student in float32, pruned as the spec says, with its head verified."""
+    def num_parameters(self) -> dict[str, int] | None:
+        """Numbers that are trained and that are frozen, from the headers of the weights alone; None where these are not at hand."""
+        config, shapes = model_config(self.model, self.revision), weight_shapes(self.model, self.revision)
+        if not config or not shapes or "num_hidden_layers" not in config:
+            return None
+        kept = {None, *self.kept(config["num_hidden_layers"])}
+        if config.get("tie_word_embeddings"):
+            shapes.pop("lm_head.weight", None)
+        total = sum(prod(shape) for name, shape in shapes.items() if adapters.block_of(name) in kept)
+        if self.lora is None:
+            return {"trained": total, "frozen": 0}
+        return {"trained": self.lora.num_parameters(adapters.linear_layers(shapes.items())), "frozen": total}
+
+
+def build(spec: Student, device: str = "cpu", seed: int = 0) -> Any:
+    """The student in float32, pruned as the spec says, with its head verified, and adapters drawn from `seed`."""
     from limbeck.models import blocks, load_model, verify_head
 
     model = load_model(spec.model, "float32", spec.revision, device)
@@ -65,6 +95,8 @@ def build(spec: Student, device: str = "cpu") -> Any:
     if kept != list(range(total)):
         prune(model, kept)
     verify_head(model)
+    if spec.lora is not None:
+        adapters.attach(model, spec.lora, spec.model, spec.revision, seed)
     return model
 
 

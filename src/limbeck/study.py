@@ -251,7 +251,10 @@ def _measure(name: str, teacher: ModelTeacher | None, recipe: Recipe, out: Path,
     from limbeck.student import build
 
     student, _ = recipe.for_training()
-    model = load_model(teacher.model, teacher.dtype, teacher.revision, device) if teacher is not None else build(student, device)
+    if teacher is not None:
+        model = load_model(teacher.model, teacher.dtype, teacher.revision, device, teacher.load_in)
+    else:
+        model = build(student.model_copy(update={"lora": None}), device)
     # prompts are the same for all: those of the student's tokenizer and template
     subject = Subject(model.eval(), load_tokenizer(student.model, student.revision), device, recipe.teacher)
     for result in evaluate(recipe.evaluate, subject, out / "evals"):

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from limbeck import checkpoint, distributed, optim, trackers
+from limbeck import adapters, checkpoint, distributed, optim, trackers
 from limbeck.batch import Batch, Signal
+from limbeck.first_samples import FirstSamples, settle
 from limbeck.distributed import World
 from limbeck.errors import ModelError, RunError
 from limbeck.evaluate import Subject
@@ -59,11 +60,12 @@ def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overri
         source = recipe.source.open(tokenizer, recipe.seed)
         for benchmark in recipe.evaluate:
             benchmark.samples(tokenizer)  # what cannot be graded shows before hours of training, not after
-        student = build_student(student_spec, world.device)
-        learner, scorer = assemble(recipe, student, tokenizer, source, world)
+        student = build_student(student_spec, world.device, recipe.seed)
+        known = run.read_json("data.json", {}).get("layer_maps", {})
+        learner, scorer, layer_maps = assemble(recipe, student, tokenizer, source, world, known)
         num_steps = spec.steps or math.ceil((spec.epochs or 1) * source.steps_per_epoch(spec.batch_size))
         if world.is_main:
-            _describe(run, recipe, source, student, tokenizer, num_steps)
+            _describe(run, recipe, source, student, tokenizer, num_steps, layer_maps)
         _loop(run, recipe, learner, source, scorer, num_steps, tokenizer.pad_token_id or 0, world)
         del scorer
         if world.is_main:
@@ -71,15 +73,18 @@ def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overri
     return run
 
 
-def assemble(recipe: Recipe, student: Any, tokenizer: Any, source: OpenSource, world: World) -> tuple[Learner, Scorer | None]:
-    """The learner, and the opened teacher if any term of positive weight needs one."""
+def assemble(
+    recipe: Recipe, student: Any, tokenizer: Any, source: OpenSource, world: World, known: Mapping[str, Any] | None = None
+) -> tuple[Learner, Scorer | None, dict[str, Any]]:
+    """The learner, the opened teacher if any term of positive weight needs one, and layer maps that data decided. `known` are those with
+    which a resumed run began."""
     _, spec = recipe.for_training()
     terms = recipe.terms
     if any(isinstance(term, HiddenTerm) for term in terms.values()):
         recipe.teacher.prepare()  # a layer map depends on how many blocks the teacher has
     provided = recipe.teacher.provides()
     needs = needs_of(terms, len(blocks(student)), provided.num_layers or 0) if provided.output else Needs()
-    scorer = recipe.teacher.open(tokenizer, needs, world.device) if needs.anything else None
+    scorer = recipe.teacher.open_beside(student, tokenizer, needs, world.device) if needs.anything else None
     if scorer is not None:
         scorer.require(source.samples)
     num_tokens = scorer.vocabulary if scorer is not None else len(vocabulary(tokenizer))
@@ -95,9 +100,13 @@ def assemble(recipe: Recipe, student: Any, tokenizer: Any, source: OpenSource, w
         verify_packing(student)
         if scorer is not None:
             scorer.verify_packing()
+    calibration = FirstSamples(student, scorer, source, world.device)
+    settled, layer_maps = settle(terms, calibration, known or {}, world)
+    if scorer is not None and layer_maps:
+        scorer = scorer.asking(needs_of(settled, len(blocks(student)), scorer.num_layers))
     learner = Learner(
         student,
-        terms,
+        settled,
         num_tokens,
         teacher_layers=scorer.num_layers if scorer else 0,
         teacher_width=scorer.width if scorer else 0,
@@ -107,7 +116,8 @@ def assemble(recipe: Recipe, student: Any, tokenizer: Any, source: OpenSource, w
     ).to(world.device)
     if spec.gradient_checkpointing:
         recompute_activations(student)
-    return learner, scorer
+    learner.fit(calibration)
+    return learner, scorer, layer_maps
 
 
 @dataclass
@@ -264,10 +274,16 @@ def _refuse_others(run: Run, recipe: Recipe) -> None:
         raise RunError(f"{run.path}: exists and is no run directory; choose another path")
 
 
-def _describe(run: Run, recipe: Recipe, source: OpenSource, student: Any, tokenizer: Any, num_steps: int) -> None:
+def _describe(
+    run: Run, recipe: Recipe, source: OpenSource, student: Any, tokenizer: Any, num_steps: int, layer_maps: dict[str, Any]
+) -> None:
     """Take the directory, now that everything has loaded, and say what is trained on and what it starts from (data.json): two runs with
     equal hashes had equal budgets."""
     _, spec = recipe.for_training()
+    initial = weights_hash(adapters.base_weights(student))
+    before = run.read_json("data.json", {}).get("initial_weights_sha256", initial)
+    if before != initial:
+        raise RunError(f"{run.path}: began with a student of weights {before[:12]}, found {initial[:12]}; choose another run directory")
     run.write_json("recipe.json", recipe.to_json())
     run.write_json("environment.json", environment())
     run.write_json("run.json", {"status": "running"})
@@ -279,8 +295,9 @@ def _describe(run: Run, recipe: Recipe, source: OpenSource, student: Any, tokeni
         {
             **source.describe(),
             "num_steps": num_steps,
+            **({"layer_maps": layer_maps} if layer_maps else {}),
             "order_sha256": order.hexdigest(),
-            "initial_weights_sha256": weights_hash(dict(student.named_parameters())),
+            "initial_weights_sha256": initial,
             "vocabulary_sha256": vocabulary_hash(tokenizer),
             "template_sha256": template_hash(tokenizer),
         },
@@ -297,6 +314,8 @@ def _forget_after(run: Run, step: int) -> None:
 
 def _finish(run: Run, recipe: Recipe, student: Any, tokenizer: Any, world: World) -> None:
     """Export the student, evaluate it, and mark the run as finished."""
+    adapters.save(student, run.adapters)
+    adapters.merge(student)
     temporary = run.path / "student.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     save_model(student, tokenizer, temporary)

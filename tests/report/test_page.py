@@ -284,6 +284,15 @@ def test_a_single_run(tmp_path):
     assert "A single run" in Elements(html).text and "Differences" not in markdown and "Budgets are" not in markdown
 
 
+def test_layer_map_that_the_data_decided_is_drawn(tmp_path):
+    found = {"pairs": [[1, 2], [3, 2]], "student_blocks": [1, 3], "teacher_blocks": [0, 1, 2], "cka": [[0.2, 0.5, 0.9], [0.1, 0.4, 0.8]]}
+    html, markdown, _ = read(fake.run(tmp_path / "mine", "hidden", layer_maps={"hidden": found}))
+    (label,) = [attrs["aria-label"] for tag, attrs in Elements(html).tags if tag == "figure" and "blocks" in (attrs["aria-label"] or "")]
+    assert label == "likeness of blocks in mine; mapped: 1 to 2, 3 to 2"
+    assert "Layer maps" in markdown and (tmp_path / "mine" / "report_files" / "layers-0.svg").is_file()
+    assert "Layer maps" not in read(fake.run(tmp_path / "other", "hidden"))[0]
+
+
 def test_not_a_run(tmp_path):
     with pytest.raises(RunError, match=r"found no study\.json or recipe\.json, expected the directory of a study or a run"):
         build_report(tmp_path)

@@ -51,6 +51,7 @@ def test_the_same_teacher_under_another_path_is_the_same(base, store, teacher_di
     [
         ("capture.layers=[1]", r"layers is \(1, 3\), this recipe needs \(1,\)"),
         ("teacher.dtype=bfloat16", "teacher.dtype is 'float32'"),
+        ("teacher.load_in=4bit", "teacher.load_in is None, this recipe needs '4bit'"),
         ("capture.hidden={type: int8}", "hidden is {'type': 'float32'}, this recipe needs {'type': 'int8'}"),
     ],
 )

@@ -137,8 +137,11 @@ def _facts(run: Run, recipe: dict[str, Any], models: dict[str, str], data_names:
     data, totals, student, train = run.read_json("data.json"), run.read_json("run.json"), recipe["student"], recipe["train"]
     pruned = [f"blocks {student['keep_layers']} kept"] if student.get("keep_layers") else []
     pruned += [f"pruned to {student['num_layers']} blocks"] if student.get("num_layers") else []
+    bits = [f"in {recipe['teacher']['load_in']}"] if recipe["teacher"].get("load_in") else []
     for role, model in models.items():
-        yield role, ", ".join([public(model), *(pruned if role.startswith("student") else [])])
+        yield role, ", ".join([public(model), *(pruned if role.startswith("student") else bits)])
+    if lora := student.get("lora"):
+        yield "trained", _adapters(lora)
     counts = [f"{data[key]:,} {words}" for key, words in (("num_samples", "conversations"), ("num_scored", "scored tokens")) if key in data]
     yield "data", ", ".join([*map(public, data_names), *counts])
     yield "objective", " + ".join(_term(term) for term in recipe["objective"] if term["weight"])
@@ -146,6 +149,11 @@ def _facts(run: Run, recipe: dict[str, Any], models: dict[str, str], data_names:
     yield "training", f"{totals['steps']} steps of {train['batch_size']} conversations, learning rate {optimizer['learning_rate']:g}"
     yield "tokens seen", f"{totals['tokens']:,} in {totals['train_seconds']:,.0f} s"
     yield "precision, seed", f"{train['precision']}, {recipe['seed']}"
+
+
+def _adapters(lora: dict[str, Any]) -> str:
+    where = "all linear layers" if lora["targets"] == "all-linear" else ", ".join(lora["targets"])
+    return f"{'DoRA' if lora['dora'] else 'LoRA'} of rank {lora['rank']}, alpha {lora['alpha']:g}, on {where}; merged into the weights"
 
 
 def _term(term: dict[str, Any]) -> str:

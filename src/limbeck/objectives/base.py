@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,8 +19,24 @@ if TYPE_CHECKING:
 
     from limbeck.objectives.support import Dense, Gradient, Target
 
+States = Mapping[int, "Float[Tensor, 'r d']"]
+"""Hidden states of represented tokens by block."""
 Count = Literal["scored", "represented"]
 LayerPairs = tuple[tuple[int, int], ...]
+
+
+class Calibration:
+    """States of student and teacher at the same tokens, before training."""
+
+    @property
+    def student(self) -> States:
+        """Of all blocks."""
+        raise NotImplementedError
+
+    @property
+    def teacher(self) -> States:
+        """Of the blocks that all terms together need."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -83,9 +99,25 @@ class HiddenTerm(Term):
         """(student block, teacher block) pairs, counted from 0."""
         raise NotImplementedError
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether `layer_pairs` is known before training; else `map_layers` finds it."""
+        return True
+
+    def map_layers(self, student: States, teacher: States) -> dict[str, Any]:
+        """`pairs`, from states of all blocks at the same tokens, beside whatever led to them: it is kept in the run's data.json."""
+        raise NotImplementedError
+
+    def mapped(self, pairs: LayerPairs) -> HiddenTerm:
+        """This term with these pairs."""
+        raise NotImplementedError
+
     def projections(self, num_pairs: int, student_width: int, teacher_width: int, generator: Generator) -> nn.ModuleList:
         """Trained maps from student to teacher width, one per pair; empty where none is wanted."""
         raise NotImplementedError
+
+    def fit(self, projections: nn.ModuleList, pairs: LayerPairs, calibration: Calibration) -> None:
+        """Give the projections other first values, if `calibration` is to say them; it runs the models only when it is asked."""
 
     def values(
         self, student: Sequence[Float[Tensor, "r d"]], teacher: Sequence[Float[Tensor, "r e"]], projections: nn.ModuleList

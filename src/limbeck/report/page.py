@@ -93,6 +93,7 @@ def make_page(evidence: Evidence) -> Page:
         Section(f"Differences from {evidence.baseline}", tables=[tables.paired(evidence, differences)] if differences else []),
         Section("What the teacher has to give", words.headroom_sentences(summary.headroom(evidence))),
         Section("Training", plots=plots.loss_plots(evidence), note=_LOSS_NOTE),
+        Section("Layer maps", plots=plots.layer_map_plots(evidence), note=_LAYERS_NOTE),
         Section("Cost", tables=[tables.costs(evidence)] if evidence.finished else []),
         Section(
             "Equal budgets" if evidence.is_study else "What it was trained on",
@@ -116,6 +117,9 @@ def make_page(evidence: Evidence) -> Page:
     )
 
 
+_LAYERS_NOTE = (
+    "Before training: the larger a dot, the more alike are the states of the two blocks (linear CKA). Ringed: the pairs that are mapped."
+)
 _LOSS_NOTE = (
     "What was optimised, on one pair of axes for all arms: cross-entropy and divergences in nats per scored token, hidden-state distances "
     "per token, totals with their weights. Lines are means over seeds, bands their range. Teacher NLL is the teacher’s on the same tokens."

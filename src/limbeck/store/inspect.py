@@ -34,8 +34,9 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     """A summary for people."""
     teacher = found["teacher"]
     revision = f" at {teacher['revision']}" if teacher["revision"] else ""
+    bits = f" in {teacher['load_in']}" if teacher["load_in"] else ""
     shown = [
-        ("teacher", f"{teacher['name']}{revision}, {teacher['dtype']}, weights {teacher['weights_sha256'][:12]}"),
+        ("teacher", f"{teacher['name']}{revision}{bits}, {teacher['dtype']}, weights {teacher['weights_sha256'][:12]}"),
         ("codec", _settings(found["codec"]) + ", " + _temperatures(found["temperatures"])),
         ("holds", f"{found['num_samples']:,} conversations, {found['num_scored']:,} scored tokens in {found['num_shards']:,} shards"),
         ("size", _size(found)),

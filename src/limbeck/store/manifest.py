@@ -80,6 +80,8 @@ class TeacherIdentity(Spec):
     name: str
     revision: str | None
     dtype: Literal["float32", "bfloat16"]
+    load_in: Literal["8bit", "4bit"] | None = None
+    """Its weights were rounded to so many bits: another teacher than the one in full."""
     weights_sha256: str
     num_layers: int
     width: int

@@ -39,6 +39,10 @@ class Scorer(Protocol):
     vocabulary: int
     """Tokens shared with the student; the teacher's distribution is over these."""
 
+    def asking(self, needs: Needs) -> Scorer:
+        """The same teacher, asked for less. Called only of one that gives hidden states."""
+        ...
+
     def score(self, batch: Batch) -> Signal:
         """The Signal for a batch, with the fields that were asked for when the teacher was opened."""
         ...
@@ -65,9 +69,16 @@ class Teacher(Family):
         """What this teacher can say; torch-free."""
         return Provides()
 
+    def check(self) -> None:
+        """Raise on what would stop `open` and shows before anything is loaded: a missing model or package. Torch-free."""
+
     def prepare(self) -> None:
         """Fetch what `provides` needs in order to know its layers, and nothing more; most teachers have it at hand."""
 
     def open(self, tokenizer: Any, needs: Needs, device: str = "cpu") -> Scorer:
         """Load it for batches made with `tokenizer` (the student's). Refuses another vocabulary."""
         raise NotImplementedError
+
+    def open_beside(self, student: Any, tokenizer: Any, needs: Needs, device: str = "cpu") -> Scorer:
+        """Open it where `student` is trained: a teacher may be made of weights that the student keeps frozen. Most are not."""
+        return self.open(tokenizer, needs, device)

@@ -66,6 +66,9 @@ class StoreScorer:
         if needs.output:
             reader.head()  # a damaged one shows here, and not at the first step
 
+    def asking(self, needs: Needs) -> StoreScorer:
+        return StoreScorer(self.reader, needs)
+
     def require(self, samples: Sequence[Sample]) -> None:
         lacking, total = self.reader.missing(samples, self.needs)
         if lacking:
