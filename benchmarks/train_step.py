@@ -2,10 +2,9 @@
 
 A step is forward, backward, clipping and AdamW, with all that stands between two of them: fetching, padding, logging. SmolLM2-135M-Instruct
 teaches the demo's student, 14 of its blocks. Limbeck's contestants are the demo's arms as `limbeck.train` runs them: `sft`, `online`
-(cross-entropy and forward KL, the teacher runs in every step), `store`, `top64` and `sampled` (the same from captures made beforehand: exact, the 64
-most probable tokens, draws) and `hidden`
-(from the same capture). TRL takes part where it is installed, as it is released: `trl_sft` is SFTTrainer, `trl_gkd` the experimental
-GKDTrainer off-policy (lmbda 0) with forward KL (beta 0).
+(cross-entropy and forward KL, the teacher runs in every step), `store`, `top64` and `sampled` (the same from captures made beforehand:
+exact, the 64 most probable tokens, draws) and `hidden` (from the exact one). TRL takes part where it is installed, as it is released:
+`trl_sft` is SFTTrainer, `trl_gkd` the experimental GKDTrainer off-policy (lmbda 0) with forward KL (beta 0).
 
 Every contestant runs in a process of its own, and they take turns, so that a noisy machine is noisy for all. One clock for all: the end
 of each `optimizer.step`, told by a hook of torch. Loading and the first step are outside of time and memory; memory is the resident peak

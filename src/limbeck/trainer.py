@@ -24,11 +24,11 @@ from torch import nn
 
 from limbeck import adapters, checkpoint, distributed, optim, trackers
 from limbeck.batch import Batch, Signal
-from limbeck.first_samples import FirstSamples, settle
 from limbeck.distributed import World
 from limbeck.errors import ModelError, RunError
 from limbeck.evaluate import Subject
 from limbeck.evaluate.runner import evaluate
+from limbeck.first_samples import FirstSamples, settle
 from limbeck.learner import Learner
 from limbeck.log import peak_memory_mb, progress, reset_peak_memory, say
 from limbeck.models import blocks, check_size, load_tokenizer, recompute_activations, save_model, verify_packing, weights_hash

@@ -15,8 +15,8 @@ import torch
 
 import limbeck
 from helpers import SENTENCES, save_model, tiny_model, write_jsonl
-from limbeck.first_samples import FirstSamples, samples_of
 from limbeck.errors import RecipeError
+from limbeck.first_samples import FirstSamples, samples_of
 from limbeck.models import blocks
 from limbeck.objectives.base import Needs
 from limbeck.student import prune

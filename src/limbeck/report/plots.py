@@ -124,14 +124,14 @@ def layer_map_plots(evidence: Evidence) -> list[Plot]:
         for key, found in (runs[0].data.get("layer_maps", {}) if runs else {}).items():
             rows, columns, chosen = found["student_blocks"], found["teacher_blocks"], found["pairs"]
             points = [(x, row, 12 * found["cka"][i][j] ** 2) for i, row in enumerate(rows) for j, x in enumerate(columns)]
-            with _figure(0.7 + 0.13 * len(rows)) as (figure, axes):
+            with new_figure(0.7 + 0.13 * len(rows)) as (figure, axes):
                 axes.scatter(*zip(*points, strict=True), color=SERIES[0], linewidth=0)
                 axes.scatter(*zip(*((x, y, 22) for y, x in chosen), strict=True), color="none", edgecolor=INK, linewidth=0.8)
                 axes.locator_params(integer=True, nbins=6)
                 axes.set_xlabel("teacher block")
                 axes.set_ylabel("student block")
                 pairs = ", ".join(f"{student} to {teacher}" for student, teacher in chosen)
-                plots.append(_plot(figure, f"layers-{len(plots)}", f"{arm}, {key}", f"likeness of blocks in {arm}; mapped: {pairs}"))
+                plots.append(to_plot(figure, f"layers-{len(plots)}", f"{arm}, {key}", f"likeness of blocks in {arm}; mapped: {pairs}"))
     return plots
 
 
