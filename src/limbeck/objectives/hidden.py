@@ -18,17 +18,9 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
 
-class Hidden(HiddenTerm):
-    """A distance between projected student states and teacher states, averaged over features and pairs.
+class MappedHidden(HiddenTerm):
+    """A hidden term over pairs of blocks: which they are, and the mean over them of a distance."""
 
-    mse: mean((P h_S - h_T)^2) (TinyBERT, 1909.10351); cosine: 1 - cos(P h_S, h_T) (DistilBERT, 1910.01108).
-    """
-
-    type: Literal["hidden"] = "hidden"
-    measure: Literal["mse", "cosine"] = "mse"
-    """`mse` also matches sizes of features, `cosine` only directions."""
-    normalize: Literal["layer_norm", "none"] = "layer_norm"
-    """`layer_norm` brings each state to mean 0 and variance 1 first; without it `mse` sees little but a few outlier features."""
     pairs: Literal["uniform"] | list[tuple[int, int]] = "uniform"
     """`uniform` spreads the student's blocks over the teacher's, last to last; or a list of [student block, teacher block], from 0."""
     num_pairs: int | None = Field(None, gt=0)
@@ -46,7 +38,7 @@ class Hidden(HiddenTerm):
         return pairs
 
     @model_validator(mode="after")
-    def _num_pairs_of_uniform(self) -> Hidden:
+    def _num_pairs_of_uniform(self) -> MappedHidden:
         if self.num_pairs is not None and self.pairs != "uniform":
             raise ValueError("found num_pairs beside a list of pairs, expected it with `pairs: uniform` only")
         return self
@@ -55,17 +47,43 @@ class Hidden(HiddenTerm):
         if self.pairs == "uniform":
             wanted = self.num_pairs or student_layers
             if wanted > student_layers:
-                raise RecipeError(f"objective.hidden.num_pairs: found {wanted}, expected at most {student_layers}, the student's blocks")
+                raise RecipeError(f"objective.{self.type}.num_pairs: found {wanted}, expected at most {student_layers}, the student's blocks")
             blocks = [(i + 1) * student_layers // wanted - 1 for i in range(wanted)]
             return tuple((block, max(round((block + 1) * teacher_layers / student_layers) - 1, 0)) for block in blocks)
         for student, teacher in self.pairs:
             for who, block, layers in (("student", student, student_layers), ("teacher", teacher, teacher_layers)):
                 if block >= layers:
-                    raise RecipeError(f"objective.hidden.pairs: found {who} block {block}, expected 0 to {layers - 1}")
+                    raise RecipeError(f"objective.{self.type}.pairs: found {who} block {block}, expected 0 to {layers - 1}")
         return tuple(self.pairs)
 
     def needs(self, student_layers: int, teacher_layers: int) -> Needs:
         return Needs(layers=frozenset(teacher for _, teacher in self.layer_pairs(student_layers, teacher_layers)))
+
+    def values(
+        self, student: Sequence[Float[Tensor, "r d"]], teacher: Sequence[Float[Tensor, "r e"]], projections: nn.ModuleList
+    ) -> Float[Tensor, " r"]:
+        per_pair = []
+        for index, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
+            projected = projections[index](ours) if len(projections) else ours
+            per_pair.append(self.distance(projected.float(), theirs.float()))
+        return sum(per_pair[1:], per_pair[0]) / len(per_pair)
+
+    def distance(self, ours: Float[Tensor, "r e"], theirs: Float[Tensor, "r e"]) -> Float[Tensor, " r"]:
+        """Of projected student states to teacher states of one pair, both in float32."""
+        raise NotImplementedError
+
+
+class Hidden(MappedHidden):
+    """A distance between projected student states and teacher states, averaged over features and pairs.
+
+    mse: mean((P h_S - h_T)^2) (TinyBERT, 1909.10351); cosine: 1 - cos(P h_S, h_T) (DistilBERT, 1910.01108).
+    """
+
+    type: Literal["hidden"] = "hidden"
+    measure: Literal["mse", "cosine"] = "mse"
+    """`mse` also matches sizes of features, `cosine` only directions."""
+    normalize: Literal["layer_norm", "none"] = "layer_norm"
+    """`layer_norm` brings each state to mean 0 and variance 1 first; without it `mse` sees little but a few outlier features."""
 
     def projections(self, num_pairs: int, student_width: int, teacher_width: int, generator: Generator) -> nn.ModuleList:
         """One linear map per pair where the widths differ, drawn from `generator` so that every rank and every run starts alike."""
@@ -78,16 +96,7 @@ class Hidden(HiddenTerm):
             maps.append(linear)
         return maps
 
-    def values(
-        self, student: Sequence[Float[Tensor, "r d"]], teacher: Sequence[Float[Tensor, "r e"]], projections: nn.ModuleList
-    ) -> Float[Tensor, " r"]:
-        per_pair = []
-        for index, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
-            projected = projections[index](ours) if len(projections) else ours
-            per_pair.append(self._distance(projected.float(), theirs.float()))
-        return sum(per_pair[1:], per_pair[0]) / len(per_pair)
-
-    def _distance(self, ours: Tensor, theirs: Tensor) -> Tensor:
+    def distance(self, ours: Float[Tensor, "r e"], theirs: Float[Tensor, "r e"]) -> Float[Tensor, " r"]:
         from torch.nn import functional
 
         if self.normalize == "layer_norm":
