@@ -46,9 +46,11 @@ def score(batch: Batch, support: str, vocabulary: int) -> Signal:
         return torch.sin(keys.double()[:, None] * torch.arange(1, width + 1, dtype=torch.float64)).float() * 3
 
     hidden = {layer: numbers(batch.represented, WIDTH) for layer in range(LAYERS)}
-    logits = numbers(batch.scored, vocabulary)
+    output = numbers(batch.scored, WIDTH)
+    head = Head(torch.sin(torch.arange(vocabulary * WIDTH, dtype=torch.float32) ** 2).reshape(vocabulary, WIDTH) / 3)
     if support == "dense":
-        return Signal(output=logits, teacher_head=Head(torch.eye(vocabulary)), hidden=hidden)
+        return Signal(output=output, teacher_head=head, hidden=hidden)
+    logits = head(output)
     top, ids = logits.log_softmax(-1).topk(6, dim=-1)
     tails = {t: (logits / t).log_softmax(-1).scatter(-1, ids, -torch.inf).logsumexp(-1) for t in TEMPERATURES}
     return Signal(top=TopK(ids, top, tails), hidden=hidden)

@@ -208,6 +208,8 @@ class TVD(Divergence):
 
     type: Literal["tvd"] = "tvd"
 
+    zero_at_equal: ClassVar[bool] = False  # its gradient, that of an absolute value, keeps its size until there is no difference at all
+
     def values(self, bins: Bins) -> Float[Tensor, " n"]:
         return 0.5 * (bins.p - bins.q).abs().sum(-1)
 
@@ -311,4 +313,5 @@ def _quotient(log_power: Tensor, log_ratio: Tensor, c: float) -> Tensor:
     if c == 0:
         return log_power.exp() * log_ratio
     exponent = log_ratio * c
-    return (log_power + exponent.relu()).exp() * (-exponent.abs()).expm1() * log_ratio.sign() * (-1 / c)
+    up, down = exponent.clamp(min=0), exponent.clamp(max=0)
+    return (log_power + up).exp().mul((-up).expm1().neg()).where(exponent > 0, log_power.exp() * down.expm1()) / c
