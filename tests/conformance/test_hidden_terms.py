@@ -49,10 +49,10 @@ def test_equals_its_definition_in_value_and_gradient(term: HiddenTerm, teacher_w
     expected, grads = torch.zeros(R, dtype=torch.float64), [torch.zeros(R, D, dtype=torch.float64) for _ in ours]
     for pair, (mine, yours) in enumerate(zip(ours, theirs, strict=True)):
         linear = maps[pair] if len(maps) else None
-        for row in range(R):
+        for row, wanted in enumerate(yours.tolist()):
 
-            def value(at: list[float], linear: nn.Linear | None = linear, yours: list[float] = yours[row].tolist()) -> float:
-                return float(reference(term, project(linear, at), yours)) / len(ours)
+            def value(at: list[float], linear: nn.Linear | None = linear, wanted: list[float] = wanted) -> float:
+                return float(reference(term, project(linear, at), wanted)) / len(ours)
 
             expected[row] += value(mine[row].tolist())
             grads[pair][row] = torch.tensor(references.gradient(value, mine[row].tolist()))

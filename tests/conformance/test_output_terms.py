@@ -12,8 +12,19 @@ from torch import Tensor
 
 from conformance import references
 from conformance.cases import (
-    DECLARED, DIVERGENCES, OUTPUT_TERMS, TARGETS, TEMPERATURES, UNDECLARED, N, V, draw, name_of, reference, signal_of,
-)  # fmt: skip
+    DECLARED,
+    DIVERGENCES,
+    OUTPUT_TERMS,
+    TARGETS,
+    TEMPERATURES,
+    UNDECLARED,
+    N,
+    V,
+    draw,
+    name_of,
+    reference,
+    signal_of,
+)
 from limbeck.batch import Signal
 from limbeck.errors import RecipeError
 from limbeck.objectives import CrossEntropy, Divergence, Logits, MSELogits, OutputTerm, Term

@@ -59,7 +59,7 @@ class OutputTerm(Term):
 
     count: ClassVar[Count] = "scored"
     supports: ClassVar[frozenset[str]] = frozenset({"dense"})
-    """Of a term that needs the teacher's output: over what it is defined, the whole vocabulary or the teacher's top k tokens and the rest."""
+    """Of a term that needs the teacher's output: over what it is defined, the whole vocabulary or the top k tokens and the rest."""
 
     def refuses(self, support: str, temperatures: Collection[float] | None) -> str | None:
         """Why this term cannot be had of a teacher that gives its output on this support and at these temperatures (None: any)."""

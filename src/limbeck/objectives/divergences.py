@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Divergence(Family):
     """Base of the family of divergences.
 
-    `p` is the teacher's probability of a bin and `q` the student's. A divergence must be defined in log space, finite with a finite gradient
-    where p is one-hot and where q underflows, and may not change what the bins hold: other terms read it too.
+    `p` is the teacher's probability of a bin and `q` the student's. A divergence must be finite, with a finite gradient, where p is
+    one-hot and where q underflows, and may not change what the bins hold: other terms read it too.
     """
 
     type: str

@@ -47,7 +47,9 @@ class MappedHidden(HiddenTerm):
         if self.pairs == "uniform":
             wanted = self.num_pairs or student_layers
             if wanted > student_layers:
-                raise RecipeError(f"objective.{self.type}.num_pairs: found {wanted}, expected at most {student_layers}, the student's blocks")
+                raise RecipeError(
+                    f"objective.{self.type}.num_pairs: found {wanted}, expected at most {student_layers}, the student's blocks"
+                )
             blocks = [(i + 1) * student_layers // wanted - 1 for i in range(wanted)]
             return tuple((block, max(round((block + 1) * teacher_layers / student_layers) - 1, 0)) for block in blocks)
         for student, teacher in self.pairs:

@@ -30,7 +30,7 @@ class Logits(OutputTerm):
     """Softens both distributions. 1 is the right default for language models; above it the tail of the vocabulary counts for more."""
 
     trust_threshold: float | None = Field(None, gt=0, lt=1)
-    """Leave out tokens of the data to which the teacher gives less than this probability: there it contradicts the data, and the other terms
+    """Leave out tokens of the data to which the teacher gives less than this probability: there it contradicts the data, and other terms
     decide. The log has the share of tokens left out as `gated/logits`. A top-k teacher's other tokens have less than 1 / (k + 1)."""
 
     @property

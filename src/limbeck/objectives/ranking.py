@@ -72,7 +72,7 @@ class Ranking(OutputTerm):
         return (penalties * weights).sum((-2, -1))
 
     def _pairs(self, teacher: Target | None) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k k"]]:
-        """Ids of the teacher's top tokens, and for each pair 1 / (number of pairs) where the first is more probable and both have a mass."""
+        """Ids of the teacher's top tokens, and for each pair 1 / (number of pairs) where the first is more probable; both have a mass."""
         from limbeck.objectives.support import LOG_ZERO, TopKTarget
 
         teacher = self.taught_by(teacher)
