@@ -95,7 +95,7 @@ def test_terms_of_weight_zero_are_dropped_and_need_nothing(tree):
 def test_terms_of_one_type_are_told_apart(tree):
     objective = [{"type": "logits"}, {"type": "logits", "divergence": "reverse_kl"}]
     recipe = parse_recipe(tree | TEACHER | {"objective": objective})
-    assert {key: term.divergence for key, term in recipe.terms.items()} == {"logits": "forward_kl", "logits_2": "reverse_kl"}
+    assert {key: term.divergence.type for key, term in recipe.terms.items()} == {"logits": "forward_kl", "logits_2": "reverse_kl"}
 
 
 def test_all_parts_together(tree, tmp_path):
@@ -296,11 +296,30 @@ def test_epochs(tree):
         ({"objective": [{"type": "logits", "temperature": 0}]}, "objective.0.temperature: found 0, expected a number greater than 0"),
         ({"objective": [{"type": "logits", "temperature": -2}]}, "objective.0.temperature: found -2, expected a number greater than 0"),
         ({"objective": [{"type": "ce"}, {"type": "logits", "weight": -1}]}, "objective.1.weight: found -1, expected a number greater than"),
-        ({"objective": [{"type": "logits", "divergence": "kl"}]}, "objective.0.divergence: found 'kl', expected one of: forward_kl"),
+        ({"objective": [{"type": "logits", "divergence": "kl"}]}, "objective.0.divergence: found 'kl', expected one of: adaptive_kl"),
         ({"objective": [{"type": "logits", "divergence": "reverse-kl"}]}, "objective.0.divergence: found 'reverse-kl', expected one of:"),
+        ({"objective": [{"type": "logits", "divergence": {"type": "jds"}}]}, "objective.0.divergence: found type 'jds', expected one of:"),
+        ({"objective": [{"type": "logits", "divergence": {"beta": 0.1}}]}, "objective.0.divergence: found no `type`, expected one of:"),
+        ({"objective": [{"type": "logits", "divergence": 2}]}, "objective.0.divergence: found 2, expected a name, or a mapping with a"),
+        (
+            {"objective": [{"type": "logits", "divergence": {"type": "jsd", "betta": 0.1}}]},
+            "objective.0.divergence.betta: unknown key; did you mean 'beta'?",
+        ),
+        (
+            {"objective": [{"type": "logits", "divergence": {"type": "jsd", "beta": 1}}]},
+            "objective.0.divergence.beta: found 1, expected a number less than 1",
+        ),
+        ({"objective": [{"type": "logits", "divergence": {"type": "tvd", "beta": 1}}]}, "objective.0.divergence.beta: unknown key"),
+        (
+            {"objective": [{"type": "logits", "divergence": {"type": "alpha_beta", "alpha": 0, "beta": 0}}]},
+            "objective.0.divergence: found alpha 0 and beta 0, expected at least one above 0",
+        ),
+        ({"objective": [{"type": "logits", "trust_threshold": 1}]}, "objective.0.trust_threshold: found 1, expected a number less than 1"),
+        ({"objective": [{"type": "ranking", "margin": 0.1}]}, "objective.0: found margin 0.1 beside measure 'logistic', expected it with"),
+        ({"objective": [{"type": "ranking", "top_k": 65}]}, "objective.0.top_k: found 65, expected a number less than or equal to 64"),
         (
             {"objective": [{"type": "logit"}]},
-            "objective.0: found type 'logit', expected one of: ce, hidden, logits; did you mean 'logits'?",
+            "objective.0: found type 'logit', expected one of: ce, hidden, hidden_as_published, logits, mse_logits, ranking; did you mean",
         ),
         ({"objective": [{"type": "logits", "temprature": 2}]}, "objective.0.temprature: unknown key; did you mean 'temperature'?"),
         ({"objective": {"type": "ce"}}, "objective: found {'type': 'ce'}, expected a valid list"),

@@ -76,10 +76,10 @@ class Family(Spec):
 
 
 class _Member:
-    """Annotation marker: validate a mapping by the family member that its `type` names."""
+    """Annotation marker: validate a mapping by the family member that its `type` names; with `by_name` also that name alone."""
 
-    def __init__(self, family: type[Family]) -> None:
-        self.family = family
+    def __init__(self, family: type[Family], by_name: bool = False) -> None:
+        self.family, self.by_name = family, by_name
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         family = self.family
@@ -88,25 +88,33 @@ class _Member:
             if isinstance(value, family):
                 return value
             known = ", ".join(sorted(family.members))
-            if not isinstance(value, dict):
-                raise PydanticCustomError("family_mapping", f"expected a mapping with a `type` (one of: {known})")
-            name = value.get("type")
+            tree = {"type": value} if self.by_name and isinstance(value, str) else value
+            if not isinstance(tree, dict):
+                what = "a name, or a mapping" if self.by_name else "a mapping"
+                raise PydanticCustomError("family_mapping", f"expected {what} with a `type` (one of: {known})")
+            name = tree.get("type")
             if not isinstance(name, str) or name not in family.members:
-                found, hint = ("no `type`", "") if name is None else (f"type {name!r}", nearest(str(name), family.members))
+                found = "no `type`" if name is None else f"type {name!r}" if tree is value else repr(name)
+                hint = nearest(str(name), family.members) if name is not None else ""
                 raise PydanticCustomError("family_type", f"found {found}, expected one of: {known}{hint}")
-            return family.members[name].model_validate(value)
+            return family.members[name].model_validate(tree)
 
-        dump = core_schema.plain_serializer_function_ser_schema(lambda value: value.model_dump(mode="json"))
-        return core_schema.no_info_plain_validator_function(choose, serialization=dump)
+        def dump(value: Family) -> Any:
+            tree = value.model_dump(mode="json")
+            return tree["type"] if self.by_name and tree.keys() == {"type"} else tree
+
+        return core_schema.no_info_plain_validator_function(choose, serialization=core_schema.plain_serializer_function_ser_schema(dump))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         members = {name: TypeAdapter(member).core_schema for name, member in self.family.members.items()}
-        return handler(core_schema.tagged_union_schema(members, discriminator="type")) if members else {"type": "object"}
+        found = handler(core_schema.tagged_union_schema(members, discriminator="type")) if members else {"type": "object"}
+        return {"anyOf": [{"enum": sorted(members)}, found]} if self.by_name else found
 
 
-def member_of(family: type[Family]) -> Any:
-    """The annotation of a field that holds one member of an open family: `objective: list[member_of(Term)]`."""
-    return Annotated[family, _Member(family)]
+def member_of(family: type[Family], by_name: bool = False) -> Any:
+    """The annotation of a field that holds one member of an open family: `objective: list[member_of(Term)]`. With `by_name`, a member whose
+    parameters all have defaults may be given by its name, and one without parameters is always written so."""
+    return Annotated[family, _Member(family, by_name)]
 
 
 def validate(cls: type[S], tree: Any, where: str) -> S:

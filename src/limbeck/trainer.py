@@ -32,7 +32,7 @@ from limbeck.first_samples import FirstSamples, settle
 from limbeck.learner import Learner
 from limbeck.log import peak_memory_mb, progress, reset_peak_memory, say
 from limbeck.models import blocks, check_size, load_tokenizer, recompute_activations, save_model, verify_packing, weights_hash
-from limbeck.objectives.base import HiddenTerm, Needs, Term, needs_of
+from limbeck.objectives.base import HiddenTerm, Needs, Term, gates, needs_of
 from limbeck.objectives.head import num_chunks
 from limbeck.recipe import Recipe, Train, parse_recipe, require_files
 from limbeck.run import Run, differences, environment
@@ -147,7 +147,7 @@ def optimizer_step(
     counts = distributed.sum_over_ranks(totals, world)
     # DDP averages gradients over ranks; the factor makes it a sum
     scales = {key: term.weight / max(counts[term.count], 1) * world.size for key, term in terms.items()}
-    running = {key: torch.zeros((), device=world.device) for key in (*terms, "teacher_nll")}
+    running = {key: torch.zeros((), device=world.device) for key in (*terms, *gates(terms), "teacher_nll")}
     teacher_seconds = 0.0
     optimizer.zero_grad(set_to_none=True)
     for i, batch in enumerate(batches):
@@ -234,6 +234,7 @@ def _log(
     """One line of metrics.jsonl: means per token of what was optimised, over all processes."""
     row: dict[str, Any] = {"step": step, "loss": result.loss}
     row.update({f"loss/{key}": result.sums[key] / max(result.counts[term.count], 1) for key, term in terms.items()})
+    row.update({key: result.sums[key] / max(result.counts["scored"], 1) for key in gates(terms)})
     if result.sums["teacher_nll"]:
         row["teacher_nll"] = result.sums["teacher_nll"] / max(result.counts["scored"], 1)
     row.update(

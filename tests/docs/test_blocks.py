@@ -23,7 +23,7 @@ from limbeck import cli
 from limbeck.cli import app, in_order
 from limbeck.evaluate import Benchmark
 from limbeck.objectives import Term
-from limbeck.objectives.divergences import DIVERGENCES
+from limbeck.objectives.divergences import Divergence
 from limbeck.recipe import Recipe
 from limbeck.sources import Source
 from limbeck.spec import merge, validate
@@ -184,7 +184,7 @@ def test_wrong_blocks_are_found(kind: str, text: str, what: str, tmp_path: Path)
 def workplace(demo_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder to work in, with the demo's names on tiny models; what a page registers is forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
-    families = [family.members for family in (Term, Teacher, Source, Benchmark)] + [DIVERGENCES]
+    families = [family.members for family in (Term, Divergence, Teacher, Source, Benchmark)]
     before = [dict(members) for members in families]
     yield tmp_path
     for members, known in zip(families, before, strict=True):

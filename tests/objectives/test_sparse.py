@@ -9,7 +9,7 @@ from torch import Tensor
 from limbeck.batch import Signal, TopK
 from limbeck.objectives import head as output_head
 from limbeck.objectives.base import active
-from limbeck.objectives.divergences import DIVERGENCES
+from limbeck.objectives.divergences import Divergence
 from limbeck.objectives.head import Head
 from limbeck.objectives.logits import Logits
 from limbeck.objectives.support import Dense, DenseTarget, Gradient, SpreadTarget, TopKTarget
@@ -50,7 +50,7 @@ def _loss(name: str, temperature: float, target: TopKTarget | SpreadTarget | Den
     return values.detach(), by_autograd, collected.make(dense)
 
 
-@pytest.mark.parametrize("name", sorted(DIVERGENCES))
+@pytest.mark.parametrize("name", sorted(Divergence.members))
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("priors", [False, True])
 def test_padding_has_no_mass_and_no_gradient(name: str, temperature: float, priors: bool) -> None:
@@ -73,20 +73,13 @@ def test_a_spread_target_is_its_definition_and_sums_to_one(temperature: float) -
     torch.testing.assert_close(found.sum(-1), torch.ones(N, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(DIVERGENCES))
+@pytest.mark.parametrize("name", sorted(Divergence.members))
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_a_spread_target_of_the_whole_vocabulary_equals_dense(name: str, temperature: float) -> None:
     teacher = _draw(N, V, seed=1)
     ours = _loss(name, temperature, _target(_top_k(teacher, V, priors=True)))
     for found, expected in zip(ours, _loss(name, temperature, DenseTarget(teacher.float())), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", sorted(DIVERGENCES))
-@pytest.mark.parametrize("priors", [False, True])
-def test_closed_forms_are_the_gradients_of_autograd(name: str, priors: bool) -> None:
-    _, by_autograd, closed = _loss(name, 2.0, _target(_padded(_top_k(_draw(N, V, seed=1), K, priors), 2)))
-    torch.testing.assert_close(closed, by_autograd, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("priors", [False, True])

@@ -77,7 +77,7 @@ def _compare(hidden: Tensor, student_head: Head, signal: Signal, targets: Tensor
 
     from limbeck.objectives.divergences import forward_kl
     from limbeck.objectives.head import target_of
-    from limbeck.objectives.support import Dense, DenseTarget, measure
+    from limbeck.objectives.support import Bins, Dense, DenseTarget
 
     parts = [hidden.new_zeros(6, 0, dtype=torch.float32)]
     for start in range(0, targets.numel(), ROWS_PER_CHUNK):
@@ -85,7 +85,7 @@ def _compare(hidden: Tensor, student_head: Head, signal: Signal, targets: Tensor
         teacher = target_of(signal, rows)
         assert teacher is not None
         log_p, student = teacher.log_probs(), Dense(student_head(hidden[rows]))
-        log_q, wanted = student.log_probs(), targets[rows, None]
+        bins, log_q, wanted = Bins(teacher, student), student.log_probs(), targets[rows, None]
         confidence, choice = log_q.max(-1)
         if isinstance(teacher, DenseTarget):
             best, teacher_nll = log_p.argmax(-1), -log_p.gather(-1, wanted).squeeze(-1)
@@ -94,7 +94,7 @@ def _compare(hidden: Tensor, student_head: Head, signal: Signal, targets: Tensor
             best = teacher.ids.gather(-1, log_p[:, : teacher.ids.shape[1]].argmax(-1, keepdim=True)).squeeze(-1)
             teacher_nll = -signal.observed[rows]
         columns = [
-            measure(forward_kl, student, teacher),
+            forward_kl(bins.log_p, bins.log_q) + bins.constant,
             choice == best,
             -log_q.gather(-1, wanted).squeeze(-1),
             teacher_nll,

@@ -14,7 +14,7 @@ import yaml
 from limbeck.assets.catalog import list_assets
 from limbeck.cache import resolve_model
 from limbeck.errors import LimbeckError
-from limbeck.report.collect import TEACHER_NLL
+from limbeck.report.collect import TEACHER_NLL, named
 from limbeck.run import Run
 from limbeck.store.manifest import read_manifest
 
@@ -157,7 +157,7 @@ def _adapters(lora: dict[str, Any]) -> str:
 
 
 def _term(term: dict[str, Any]) -> str:
-    settings = ", ".join(f"{key}: {value}" for key, value in term.items() if key not in ("type", "weight") and value is not None)
+    settings = ", ".join(f"{key}: {named(value)}" for key, value in term.items() if key not in ("type", "weight") and value is not None)
     return f"{term['weight']:g} {term['type']}" + (f" ({settings})" if settings else "")
 
 

@@ -2,7 +2,23 @@
 
 from limbeck.objectives.base import HiddenTerm, Needs, OutputTerm, Term
 from limbeck.objectives.ce import CrossEntropy
+from limbeck.objectives.divergences import Divergence
 from limbeck.objectives.hidden import Hidden
 from limbeck.objectives.logits import Logits
+from limbeck.objectives.mse_logits import MSELogits
+from limbeck.objectives.published import HiddenAsPublished
+from limbeck.objectives.ranking import Ranking
 
-__all__ = ["CrossEntropy", "Hidden", "HiddenTerm", "Logits", "Needs", "OutputTerm", "Term"]
+__all__ = [
+    "CrossEntropy",
+    "Divergence",
+    "Hidden",
+    "HiddenAsPublished",
+    "HiddenTerm",
+    "Logits",
+    "MSELogits",
+    "Needs",
+    "OutputTerm",
+    "Ranking",
+    "Term",
+]

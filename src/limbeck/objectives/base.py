@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from limbeck.errors import RecipeError
 from limbeck.spec import Family
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Generator, Tensor, nn
 
     from limbeck.objectives.support import Dense, Gradient, Target
@@ -73,10 +74,30 @@ class OutputTerm(Term):
     """A term over the output distribution, evaluated a chunk of scored tokens at a time inside the fused head."""
 
     count: ClassVar[Count] = "scored"
+    supports: ClassVar[frozenset[str]] = frozenset({"dense"})
+    """Of a term that needs the teacher's output: over what it is defined, the whole vocabulary or the top k tokens and the rest."""
 
     def refuses(self, support: str, temperatures: Collection[float] | None) -> str | None:
         """Why this term cannot be had of a teacher that gives its output on this support and at these temperatures (None: any)."""
+        if self.needs(1, 1).output and support not in self.supports:
+            return f"{self.type} is defined on {' and '.join(sorted(self.supports))}, and the teacher gives {support}"
         return None
+
+    def taught_by(self, teacher: Target | None) -> Target:
+        """The teacher, or a RecipeError that says why it does not do."""
+        if problem := self.refuses("no output" if teacher is None else teacher.kind, None):
+            raise RecipeError(f"objective.{self.type}: {problem}")
+        assert teacher is not None
+        return teacher
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the term leaves tokens out, of which the log tells the share."""
+        return False
+
+    def gate(self, teacher: Target | None, targets: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """The tokens that a gated term leaves out: their values are 0, and they count like all others."""
+        raise NotImplementedError
 
     def values(self, student: Dense, teacher: Target | None, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """The loss of each token, in nats."""
@@ -134,6 +155,11 @@ def active(objective: Sequence[Term]) -> dict[str, Term]:
         if term.weight > 0:
             terms[term.type if not same else f"{term.type}_{same + 1}"] = term
     return terms
+
+
+def gates(terms: Mapping[str, Term]) -> dict[str, OutputTerm]:
+    """Gated terms by the key under which the number of tokens that they leave out is summed and logged."""
+    return {f"gated/{key}": term for key, term in terms.items() if isinstance(term, OutputTerm) and term.is_gated}
 
 
 def needs_of(terms: Mapping[str, Term], student_layers: int, teacher_layers: int) -> Needs:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from limbeck.batch import Draws, Signal, TopK
 from limbeck.errors import ModelError
-from limbeck.objectives.base import OutputTerm
+from limbeck.objectives.base import OutputTerm, gates
 from limbeck.objectives.support import Dense, DenseTarget, Gradient, SampledTarget, SpreadTarget, Target, TopKTarget
 
 OutputTerms = Mapping[str, OutputTerm]
@@ -91,7 +91,7 @@ def fused(
     scales: Mapping[str, float],
     chunks: int,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """The scaled sum of all output terms, which carries the gradient, and the detached unscaled sum of each."""
+    """The scaled sum of all output terms, which carries the gradient, and the detached unscaled sum of each (and what `_sum_keys` adds)."""
     loss, stacked = _FusedHead.apply(hidden, head.weight, head.bias, head, targets, signal, terms, scales, chunks)
     return loss, dict(zip(_sum_keys(terms, signal), stacked.unbind(), strict=True))
 
@@ -104,6 +104,7 @@ def plain(
     values = {key: term.values(student, teacher, targets) for key, term in terms.items()}
     loss = sum((value.sum() * scales[key] for key, value in values.items()), hidden.sum() * 0.0)
     sums = {key: value.detach().sum() for key, value in values.items()}
+    sums.update({key: term.gate(teacher, targets).sum() for key, term in gates(terms).items()})
     if isinstance(teacher, DenseTarget):
         sums["teacher_nll"] = _nll(teacher, targets)
     return loss, sums
@@ -111,7 +112,7 @@ def plain(
 
 def _sum_keys(terms: OutputTerms, signal: Signal) -> list[str]:
     is_dense = signal.output is not None or (isinstance(signal.sparse, TopK) and signal.sparse.log_priors is not None)
-    return [*terms, *(["teacher_nll"] if is_dense else [])]
+    return [*terms, *gates(terms), *(["teacher_nll"] if is_dense else [])]
 
 
 def target_of(signal: Signal, rows: slice, logits: Tensor | None = None, memory: Tensor | None = None) -> Target | None:
@@ -275,6 +276,7 @@ def _block(
             sums.update({key: value.detach() for key, value in values.items()})
             if wants_grad:
                 (by_autograd,) = torch.autograd.grad(torch.stack([value * scales[key] for key, value in values.items()]).sum(), leaf)
+    sums.update({key: term.gate(teacher, targets).sum() for key, term in gates(terms).items()})
     if isinstance(teacher, DenseTarget):
         sums["teacher_nll"] = _nll(teacher, targets)
     if wants_grad:

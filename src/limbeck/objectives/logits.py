@@ -2,49 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from limbeck.errors import RecipeError, nearest
 from limbeck.objectives.base import Needs, OutputTerm
-from limbeck.objectives.divergences import DIVERGENCES, Divergence
+from limbeck.objectives.divergences import Divergence, ForwardKL
+from limbeck.spec import member_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from limbeck.objectives.support import Dense, Gradient, Target
+    from limbeck.objectives.support import Bins, Dense, Gradient, Target
 
 
 class Logits(OutputTerm):
     """T^2 D(softmax(u/T), softmax(z/T)), u the teacher's logits and z the student's; T^2 only for divergences that declare it."""
 
     type: Literal["logits"] = "logits"
-    divergence: str = "forward_kl"
-    """`forward_kl`, KL(teacher || student), covers all that the teacher says; `reverse_kl`, KL(student || teacher), seeks modes."""
+    divergence: member_of(Divergence, by_name=True) = ForwardKL()  # type: ignore[valid-type]
+    """How the distributions are compared: a name, `reverse_kl`, or a mapping with its parameters, `{type: jsd, beta: 0.1}`. `forward_kl`,
+    KL(teacher || student), covers all that the teacher says; `reverse_kl`, KL(student || teacher), seeks modes."""
     temperature: float = Field(1.0, gt=0)
     """Softens both distributions. 1 is the right default for language models; above it the tail of the vocabulary counts for more."""
 
-    @field_validator("divergence")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in DIVERGENCES:
-            raise ValueError(f"found {name!r}, expected one of: {', '.join(DIVERGENCES)}{nearest(name, DIVERGENCES)}")
-        return name
-
-    @property
-    def _divergence(self) -> Divergence:
-        return DIVERGENCES[self.divergence]
+    trust_threshold: float | None = Field(None, gt=0, lt=1)
+    """Leave out tokens of the data to which the teacher gives less than this probability: there it contradicts the data, and other terms
+    decide. The log has the share of tokens left out as `gated/logits`. A top-k teacher's other tokens have less than 1 / (k + 1)."""
 
     @property
     def _factor(self) -> float:
-        return self.temperature**2 if self._divergence.t_squared else 1.0
+        return self.temperature**2 if self.divergence.t_squared else 1.0
 
     def refuses(self, support: str, temperatures: Collection[float] | None) -> str | None:
-        if support not in self._divergence.supports:
-            return f"{self.divergence} is defined on {' and '.join(sorted(self._divergence.supports))}, and the teacher gives {support}"
+        if support not in self.divergence.supports:
+            known = " and ".join(sorted(self.divergence.supports))
+            return f"{self.divergence.type} is defined on {known}, and the teacher gives {support}"
         if temperatures is not None and self.temperature not in temperatures:
             there = ", ".join(f"{known:g}" for known in sorted(temperatures))
             return (
@@ -57,22 +53,34 @@ class Logits(OutputTerm):
         return Needs(output=True)
 
     def values(self, student: Dense, teacher: Target | None, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        from limbeck.objectives.support import measure
-
-        return self._factor * measure(self._divergence.values, student, self._supported(teacher), self.temperature)
+        bins = self._bins(student, teacher)
+        return self._kept(self._factor * (self.divergence.values(bins) + bins.constant), teacher, targets)
 
     def closed_form(
         self, grad: Gradient, scale: float, student: Dense, teacher: Target | None, targets: Int[Tensor, " n"]
     ) -> Float[Tensor, " n"] | None:
-        teacher = self._supported(teacher)
-        form = self._divergence.closed_forms.get(teacher.kind)
-        if form is None:
+        bins = self._bins(student, teacher)
+        if (found := self.divergence.slopes(bins)) is None:
             return None
-        factor = self._factor  # and d/dz = (1/T) d/d(z/T)
-        return factor * form(grad, scale * factor / self.temperature, student, teacher, self.temperature)
+        values, slopes = found
+        scale_of_slopes: float | Tensor = scale * self._factor / self.temperature  # d/dz = (1/T) d/d(z/T)
+        if self.is_gated:
+            scale_of_slopes = scale_of_slopes * (~self.gate(teacher, targets)).float()[:, None]
+        bins.add_slopes(grad, slopes, scale_of_slopes)
+        return self._kept(self._factor * (values + bins.constant), teacher, targets)
 
-    def _supported(self, teacher: Target | None) -> Target:
-        if problem := self.refuses("no output" if teacher is None else teacher.kind, None):
-            raise RecipeError(f"objective.logits: {problem}")
-        assert teacher is not None
-        return teacher
+    @property
+    def is_gated(self) -> bool:
+        return self.trust_threshold is not None
+
+    def gate(self, teacher: Target | None, targets: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        assert self.trust_threshold is not None
+        return self.taught_by(teacher).log_probs_of(targets) < math.log(self.trust_threshold)
+
+    def _kept(self, values: Tensor, teacher: Target | None, targets: Tensor) -> Tensor:
+        return values.masked_fill(self.gate(teacher, targets), 0.0) if self.is_gated else values
+
+    def _bins(self, student: Dense, teacher: Target | None) -> Bins:
+        from limbeck.objectives.support import Bins
+
+        return Bins(self.taught_by(teacher), student, self.temperature)

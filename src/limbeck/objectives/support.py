@@ -6,7 +6,8 @@ remember their softmaxes, so that several terms share them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -75,6 +76,10 @@ class DenseTarget(Dense):
     def project(self, student: Dense, temperature: float = 1.0) -> Float[Tensor, "n v"]:
         return student.log_probs(temperature)
 
+    def log_probs_of(self, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Of the data's tokens, at temperature 1."""
+        return self.log_probs().gather(-1, targets[:, None]).squeeze(-1)
+
 
 class TopKTarget:
     """The teacher's k most probable tokens and its remaining mass in one bin: S = k + 1.
@@ -102,6 +107,10 @@ class TopKTarget:
             top = top / temperature
             top = top - top.logsumexp(-1, keepdim=True) + torch.log1p(-log_tail.exp())
         return torch.cat([top, log_tail], dim=-1).clamp_(min=LOG_ZERO)
+
+    def log_probs_of(self, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Of the data's tokens, at temperature 1; LOG_ZERO for those that were not kept."""
+        return self.top.masked_fill(self.ids != targets[:, None], LOG_ZERO).amax(-1)
 
     def project(self, student: Dense, temperature: float = 1.0) -> Float[Tensor, "n s"]:
         kept = student.log_probs(temperature).gather(-1, self.ids).masked_fill(self._padding, LOG_ZERO)
@@ -137,13 +146,17 @@ class SampledTarget:
     kind = "sampled"
 
     def __init__(self, draws: Draws) -> None:
-        self.ids, self.weights = draws.ids, draws.weights.float()
-        logs = self.weights.log().clamp(min=LOG_ZERO)
-        self._log_weights, self.constant = logs, draws.neg_entropy.float() - (self.weights * logs).sum(-1)
+        self.ids, weights = draws.ids, draws.weights.float()
+        self._log_weights = weights.log().clamp(min=LOG_ZERO)
+        self.constant = draws.neg_entropy.float() - (weights * self._log_weights).sum(-1)
 
     def log_probs(self, temperature: float = 1.0) -> Float[Tensor, "n s"]:
         """The logs of the weights, which sum to 1 on average."""
         return self._log_weights
+
+    def log_probs_of(self, targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Of the data's tokens, as the draws estimate it; LOG_ZERO for those that were not drawn."""
+        return self._log_weights.masked_fill(self.ids != targets[:, None], LOG_ZERO).amax(-1)
 
     def project(self, student: Dense, temperature: float = 1.0) -> Float[Tensor, "n s"]:
         return student.log_probs(temperature).gather(-1, self.ids)
@@ -153,28 +166,27 @@ Target = DenseTarget | TopKTarget | SampledTarget
 """The teacher on its support: `log_probs(T)` are its own there, `project(student, T)` the student's, both `[n, S]`."""
 
 
-def measure(
-    divergence: Callable[[Tensor, Tensor], Tensor], student: Dense, teacher: Target, temperature: float = 1.0
-) -> Float[Tensor, " n"]:
-    """A divergence's values. Of draws an estimate: less the entropy of the weights and plus that of the teacher."""
-    values = divergence(teacher.log_probs(temperature), teacher.project(student, temperature))
-    return values + teacher.constant if isinstance(teacher, SampledTarget) else values
-
-
 class Gradient:
     """d(loss)/d(student logits) of closed forms, collected as a combination before it is made: weights of softmax(z/T), dense tensors,
     and scattered entries. So a chunk's softmax is turned into its gradient in place, and no term needs a tensor of its own."""
 
     def __init__(self) -> None:
         self._probs: dict[float, float | Tensor] = {}
-        self._dense: list[tuple[Tensor, float]] = []
+        self._outside: dict[float, tuple[Tensor, Tensor]] = {}
+        self._dense: list[tuple[Tensor, float | Tensor]] = []
         self._scattered: list[tuple[Tensor, Tensor]] = []
 
     def add_probs(self, weight: float | Float[Tensor, "n 1"], temperature: float = 1.0) -> None:
         """Add weight * softmax(z / T), the weight per row or for all."""
         self._probs[temperature] = self._probs.get(temperature, 0.0) + weight
 
-    def add(self, tensor: Float[Tensor, "n v"], weight: float) -> None:
+    def add_probs_outside(self, ids: Int[Tensor, "n k"], weight: Float[Tensor, "n 1"], temperature: float = 1.0) -> None:
+        """Add weight * softmax(z / T) at all but these ids, which are the same in every call: those that a top-k teacher kept. The weight
+        may be huge where all else is tiny; to add it everywhere and take it back there would leave rounding noise of its size."""
+        _, before = self._outside.get(temperature, (ids, torch.zeros_like(weight)))
+        self._outside[temperature] = ids, before + weight
+
+    def add(self, tensor: Float[Tensor, "n v"], weight: float | Float[Tensor, "n 1"]) -> None:
         self._dense.append((tensor, weight))
 
     def scatter(self, ids: Int[Tensor, "n k"], values: Float[Tensor, "n k"]) -> None:
@@ -182,14 +194,76 @@ class Gradient:
 
     def make(self, student: Dense) -> Float[Tensor, "n v"]:
         """The gradient, in the memory of the student's log-probabilities, which are lost."""
-        others = [student.probs(temperature).mul_(weight) for temperature, weight in self._probs.items() if temperature != 1.0]
-        weight = self._probs.get(1.0)
-        # written there even where the softmax was made before, in memory of its own
-        total = student.logits.zero_() if weight is None else torch.mul(student.probs(1.0, out=student.logits), weight, out=student.logits)
+        others = [self._weighted(student.probs(temperature), temperature) for temperature in self._probs if temperature != 1.0]
+        if 1.0 in self._probs:
+            # written there even where the softmax was made before, in memory of its own
+            total = self._weighted(student.probs(1.0, out=student.logits), 1.0, out=student.logits)
+        else:
+            total = student.logits.zero_()
         for tensor in others:
             total.add_(tensor)
         for tensor, weight in self._dense:
-            total.add_(tensor, alpha=weight)
+            if isinstance(weight, Tensor):
+                total.addcmul_(tensor, weight)
+            else:
+                total.add_(tensor, alpha=weight)
         for ids, values in self._scattered:
             total.scatter_add_(-1, ids, values)
         return total
+
+    def _weighted(self, probs: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
+        """softmax(z / T) by its weights, in `out` or in its own memory."""
+        out, weight = probs if out is None else out, self._probs[temperature]
+        if temperature not in self._outside:
+            return torch.mul(probs, weight, out=out)
+        ids, outside = self._outside[temperature]
+        kept = probs.gather(-1, ids) * weight
+        return torch.mul(probs, weight + outside, out=out).scatter_(-1, ids, kept)
+
+
+class Bins:
+    """Teacher and student over the same bins at one temperature: probabilities `p` and `q` `[n, S]`, and their logarithms.
+
+    With `has_tail` the last bin is all that a top-k teacher did not keep. Other terms read the same tensors: they are not to be changed.
+    """
+
+    def __init__(self, teacher: Target, student: Dense, temperature: float = 1.0) -> None:
+        self._teacher, self._student, self._temperature = teacher, student, temperature
+        self.log_p, self.log_q = teacher.log_probs(temperature), teacher.project(student, temperature)
+        self.has_tail = teacher.kind == "top_k"
+
+    @property
+    def constant(self) -> float | Float[Tensor, " n"]:
+        """What makes a divergence of draws an estimate of the teacher's: minus the entropy of the teacher, plus that of the weights."""
+        return self._teacher.constant if isinstance(self._teacher, SampledTarget) else 0.0
+
+    @cached_property
+    def p(self) -> Float[Tensor, "n s"]:
+        return self._teacher.probs(self._temperature) if isinstance(self._teacher, DenseTarget) else self.log_p.exp()
+
+    @cached_property
+    def q(self) -> Float[Tensor, "n s"]:
+        return self._student.probs(self._temperature) if isinstance(self._teacher, DenseTarget) else self.log_q.exp()
+
+    def add_slopes(self, grad: Gradient, slopes: Sequence[tuple[Tensor, float | Tensor]], scale: float | Float[Tensor, "n 1"]) -> None:
+        """Add scale * dD/d(z / T) to `grad`, for a divergence with g = dD/d(log q), a sum of tensors `[n, S]` times factors.
+
+        It is g - q sum(g) in a bin of one token. The tokens of the tail, whose mass is s, share its g: (q / s) g - q sum(g).
+        """
+        temperature = self._temperature
+        total = sum((tensor.sum(-1, keepdim=True) * factor for tensor, factor in slopes), torch.zeros_like(self.log_q[:, :1]))
+        grad.add_probs(total * -scale, temperature)
+        if isinstance(self._teacher, DenseTarget):
+            for tensor, factor in slopes:
+                grad.add(tensor, factor * scale)
+            return
+        g = sum((tensor * factor for tensor, factor in slopes), torch.zeros_like(self.log_q)) * scale
+        if self.has_tail:
+            over_tail = (-self.log_q[:, -1:]).clamp(max=_LARGEST_LOG_RATIO).exp()
+            grad.add_probs_outside(self._teacher.ids, g[:, -1:] * over_tail, temperature)
+            g = g[:, :-1]
+        grad.scatter(self._teacher.ids, g)
+
+
+_LARGEST_LOG_RATIO = 80.0
+"""Of 1 to the student's tail: finite, and no token of such a tail has a probability above 0 in float32."""

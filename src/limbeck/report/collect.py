@@ -174,15 +174,25 @@ def terms(recipe: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def objective_text(recipe: dict[str, Any]) -> str:
-    """A stored objective in a line: `ce + 0.5 logits (forward_kl, T 2)`."""
+    """A stored objective in a line: `ce + 0.5 logits (forward_kl, T 2)`, `logits (jsd, beta 0.1)`."""
     parts = []
     for term in terms(recipe):
-        details = [str(term[key]) for key in ("divergence", "measure") if term.get(key)]
+        details = [named(term[key]) for key in ("divergence", "measure") if term.get(key)]
+        if term.get("trust_threshold"):
+            details.append(f"trusted from {term['trust_threshold']:g}")
         if term.get("temperature", 1.0) != 1.0:
             details.append(f"T {term['temperature']:g}")
         weight = "" if term.get("weight", 1.0) == 1.0 else f"{term['weight']:g} "
         parts.append(f"{weight}{term['type']}" + (f" ({', '.join(details)})" if details else ""))
     return " + ".join(parts) or "none"
+
+
+def named(value: Any) -> str:
+    """A member of a family as it was stored: its name, and its parameters where it has some."""
+    if not isinstance(value, dict):
+        return str(value)
+    knobs = [f"{key} {knob:g}" for key, knob in value.items() if isinstance(knob, int | float) and not isinstance(knob, bool)]
+    return ", ".join([str(value["type"]), *knobs, *(key for key, knob in value.items() if knob is True)])
 
 
 def item_pairs(evals: dict[str, dict[str, Any]], benchmark: str, metric: str) -> dict[str, Pair]:

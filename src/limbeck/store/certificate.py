@@ -148,11 +148,12 @@ def _of_gradients(logits: Tensor, truth: DenseTarget, teacher: Target) -> list[T
 
 
 def _gradient(logits: Tensor, teacher: Target) -> Tensor:
-    from limbeck.objectives.divergences import DIVERGENCES
-    from limbeck.objectives.support import Dense, Gradient
+    from limbeck.objectives.divergences import ForwardKL
+    from limbeck.objectives.support import Bins, Dense, Gradient
 
     grad, student = Gradient(), Dense(logits)
-    DIVERGENCES["forward_kl"].closed_forms[teacher.kind](grad, 1.0, student, teacher, 1.0)
+    bins = Bins(teacher, student)
+    bins.add_slopes(grad, ForwardKL().slopes(bins)[1], 1.0)
     return grad.make(student)
 
 
