@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conformance import references
 from conformance.references import TaughtToken
-from limbeck.batch import Signal, TopK
+from limbeck.batch import Draws, Signal, TopK
 from limbeck.objectives import Divergence, HiddenTerm, OutputTerm, Term
 
 N, V = 4, 11
@@ -72,8 +72,16 @@ OUTPUT_TERMS: dict[str, OutputTerm] = {
 }
 HIDDEN_TERMS: dict[str, HiddenTerm] = {name_of(term): term for term in TERMS if isinstance(term, HiddenTerm)}
 
-TARGETS = {"dense": "dense", "spread_4": "dense", "top_1": "top_k", "top_4": "top_k", f"top_{V - 1}": "top_k", f"top_{V}": "top_k"}
-"""Kinds of target, and the support of each."""
+TARGETS = {
+    "dense": "dense",
+    "spread_4": "dense",
+    "top_1": "top_k",
+    "top_4": "top_k",
+    f"top_{V - 1}": "top_k",
+    f"top_{V}": "top_k",
+    "drawn": "sampled",
+}
+"""Kinds of target, and the support of each. What was drawn is all tokens, each as often as it is probable: that is the teacher itself."""
 
 
 def is_declared(term: OutputTerm, target: str) -> bool:
@@ -94,11 +102,15 @@ def signal_of(target: str, u: Tensor) -> Signal:
     kind, _, number = target.partition("_")
     if kind == "dense":
         return Signal(output=u.float(), teacher_head=Tensor.clone)
+    if kind == "drawn":
+        probs = torch.softmax(u, -1)
+        ids = torch.arange(u.shape[1]).flip(0).expand(len(u), -1)
+        return Signal(sparse=Draws(ids, probs.flip(-1).float(), torch.special.xlogy(probs, probs).sum(-1).float()))
     top, ids = torch.log_softmax(u, -1).topk(int(number), dim=-1)
     outside = torch.ones_like(u, dtype=torch.bool).scatter(-1, ids, False)
     tails = {t: torch.log_softmax(u / t, -1).masked_fill(~outside, -torch.inf).logsumexp(-1).float() for t in TEMPERATURES}
     priors = {t: draw(u.shape[1], seed=int(10 * t)).float() for t in TEMPERATURES} if kind == "spread" else None
-    return Signal(top=TopK(ids, top.float(), tails, priors))
+    return Signal(sparse=TopK(ids, top.float(), tails, priors))
 
 
 def taught(target: str, u: Tensor) -> list[TaughtToken]:
@@ -107,7 +119,7 @@ def taught(target: str, u: Tensor) -> list[TaughtToken]:
     for row in u.tolist():
         probs = {t: references.softmax(row, t) for t in TEMPERATURES}
         kind, _, number = target.partition("_")
-        kept = None if kind == "dense" else sorted(range(len(row)), key=lambda i: -row[i])[: int(number)]
+        kept = None if kind in ("dense", "drawn") else sorted(range(len(row)), key=lambda i: -row[i])[: int(number)]
         if kind == "spread":
             assert kept is not None
             tokens.append(TaughtToken({t: _spread(probs[t], kept, draw(len(row), seed=int(10 * t)).tolist()) for t in TEMPERATURES}))

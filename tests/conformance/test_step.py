@@ -53,7 +53,7 @@ def score(batch: Batch, support: str, vocabulary: int) -> Signal:
     logits = head(output)
     top, ids = logits.log_softmax(-1).topk(6, dim=-1)
     tails = {t: (logits / t).log_softmax(-1).scatter(-1, ids, -torch.inf).logsumexp(-1) for t in TEMPERATURES}
-    return Signal(top=TopK(ids, top, tails), hidden=hidden)
+    return Signal(sparse=TopK(ids, top, tails), hidden=hidden)
 
 
 def step(learner: Learner, term: Term, batches: list[Batch], support: str) -> tuple[float, dict[str, Tensor], list[Tensor]]:

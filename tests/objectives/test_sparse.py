@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from limbeck.batch import Signal, TopK
+from limbeck.batch import Draws, Signal, TopK
 from limbeck.objectives import head as output_head
 from limbeck.objectives.base import active
 from limbeck.objectives.divergences import Divergence
 from limbeck.objectives.head import Head
 from limbeck.objectives.logits import Logits
-from limbeck.objectives.support import Dense, DenseTarget, Gradient, SpreadTarget, TopKTarget
+from limbeck.objectives.support import Dense, DenseTarget, Gradient, SampledTarget, SpreadTarget, TopKTarget
 
 N, V, K, D = 6, 17, 5, 4
 TEMPERATURES = (1.0, 2.0)
@@ -39,7 +39,7 @@ def _target(top: TopK) -> TopKTarget | SpreadTarget:
     return target if top.log_priors is None else SpreadTarget(target, top.log_priors)
 
 
-def _loss(name: str, temperature: float, target: TopKTarget | SpreadTarget | DenseTarget) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(name: str, temperature: float, target: TopKTarget | SampledTarget | DenseTarget) -> tuple[Tensor, Tensor, Tensor]:
     """Values, and gradients by autograd and by the closed form."""
     term, targets, student = Logits(divergence=name, temperature=temperature), torch.zeros(N, dtype=torch.long), _draw(N, V, seed=2).float()
     leaf = student.clone().requires_grad_()
@@ -108,3 +108,16 @@ def test_the_mass_outside_of_some_tokens_is_added_up(sureness: float) -> None:
         before = student.probs().clone()
         torch.testing.assert_close(student.log_rest(ids).double(), expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(student.probs(), before)
+
+
+def test_draws_need_not_sum_to_one() -> None:
+    """The value is sum p log p - sum w log q, and its gradient W q - w, with an id that pads a row and one that stands there twice."""
+    student, neg_entropy = _draw(N, V, seed=2), -torch.linspace(0.5, 2, N)
+    ids, weights = torch.tensor([[4, 9, 0, 4]]).expand(N, -1), torch.tensor([[0.4, 0.3, 0.0, 0.1]]).expand(N, -1)
+    w = torch.zeros(N, V, dtype=torch.float64).scatter_add(1, ids, weights.double())
+    log_q = torch.log_softmax(student, -1)
+    expected = neg_entropy.double() - (w * log_q).sum(-1)
+    values, *grads = _loss("forward_kl", 1.0, SampledTarget(Draws(ids, weights, neg_entropy)))
+    torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-6)
+    for grad in grads:
+        torch.testing.assert_close(grad.double(), w.sum(-1, keepdim=True) * log_q.exp() - w, rtol=1e-5, atol=1e-6)

@@ -101,7 +101,7 @@ class MappedHidden(HiddenTerm):
         raise NotImplementedError
 
 
-class Hidden(HiddenTerm):
+class Hidden(MappedHidden):
     """A distance between projected student states and teacher states, averaged over features and pairs.
 
     mse: mean((P h_S - h_T)^2) (TinyBERT, 1909.10351); cosine: 1 - cos(P h_S, h_T) (DistilBERT, 1910.01108).

@@ -41,6 +41,8 @@ class Logits(OutputTerm):
         if support not in self.divergence.supports:
             known = " and ".join(sorted(self.divergence.supports))
             return f"{self.divergence.type} is defined on {known}, and the teacher gives {support}"
+        if support == "sampled" and self.temperature != 1.0:
+            return f"found temperature {self.temperature:g}, expected 1: tokens that were drawn at 1 say nothing of another"
         if temperatures is not None and self.temperature not in temperatures:
             there = ", ".join(f"{known:g}" for known in sorted(temperatures))
             return (
