@@ -29,8 +29,9 @@ def markdown() -> str:
                 section = recipe["$defs"][name]
                 lines += _section(f"{key}: {section['properties']['type']['const']}", section, "####")
                 for inner, deeper in section["properties"].items():
-                    members = [recipe["$defs"][ref.rpartition("/")[2]] for ref in _refs(deeper)]
-                    lines += _members(f"{key}.{inner}", [member for member in members if "const" in member["properties"].get("type", {})])
+                    for member in (recipe["$defs"][ref.rpartition("/")[2]] for ref in _refs(deeper)):
+                        if kind := member["properties"].get("type", {}).get("const"):
+                            lines += _section(f"{key}.{inner}: {kind}", member, "#####")
         else:
             for name in names:
                 lines += _section(key, recipe["$defs"][name], "###")
@@ -53,19 +54,6 @@ def _section(title: str, schema: dict[str, Any], level: str) -> Iterator[str]:
         shown = "needed" if key in schema.get("required", []) else default
         yield f"| `{key}` | {_type(value)} | {shown} | {_cell(value.get('description', ''))} |"
     yield ""
-
-
-def _members(key: str, members: list[dict[str, Any]]) -> Iterator[str]:
-    """One table of a small family: what each member is, and its parameters."""
-    if members:
-        yield from (f"#### {key}", "", "| type | parameters | |", "|---|---|---|")
-    for member in members:
-        knobs = {name: value for name, value in member["properties"].items() if "const" not in value}
-        text = "; ".join(f"`{name}` = {_code(json.dumps(value['default']))} ({_type(value)})" for name, value in knobs.items())
-        about = [member.get("description", ""), *(f"`{name}`: {value['description']}" for name, value in knobs.items())]
-        yield f"| `{member['properties']['type']['const']}` | {text} | {_cell(' '.join(about))} |"
-    if members:
-        yield ""
 
 
 def _refs(schema: Any) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from conformance import references
 from conformance.references import TaughtToken
 from limbeck.batch import Draws, Signal, TopK
-from limbeck.objectives import Divergence, HiddenTerm, OutputTerm, Term
+from limbeck.objectives import Divergence, HiddenTerm, Logits, OutputTerm, Term
 
 N, V = 4, 11
 TEMPERATURES = (0.5, 1.0, 2.0)
@@ -67,7 +67,7 @@ OUTPUT_TERMS: dict[str, OutputTerm] = {
     name_of(term): term
     for term in [
         *(term for term in TERMS if isinstance(term, OutputTerm)),
-        *(Term.members["logits"](divergence=each, temperature=temperature) for each in DIVERGENCES for temperature in TEMPERATURES),
+        *(Logits(divergence=each, temperature=T) for each in DIVERGENCES for T in ((2.0,) if each.model_fields_set else TEMPERATURES)),
     ]
 }
 HIDDEN_TERMS: dict[str, HiddenTerm] = {name_of(term): term for term in TERMS if isinstance(term, HiddenTerm)}

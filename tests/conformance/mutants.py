@@ -40,7 +40,7 @@ class Mutant:
         """The changed text of the file; ValueError where `old` is not there exactly once."""
         start, end = 0, len(text)
         if self.within:
-            found = re.search(rf"^(class|def) {self.within}\b.*?(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
+            found = re.search(rf"^(class|def) {self.within}\b.*?(?=^[^\s)]|\Z)", text, re.MULTILINE | re.DOTALL)
             if not found:
                 raise ValueError(f"{self.name}: {self.file} has no {self.within}")
             start, end = found.span()
@@ -92,7 +92,8 @@ MUTANTS = [
         ("tvd", "factor", "TVD", "0.5 * (bins.p", "(bins.p"),
         ("tvd", "sign", "TVD", "bins.q - bins.p", "bins.p - bins.q"),
         ("tvd", "temperature factor", "TVD", "    zero_at_equal:", "    t_squared: ClassVar = True\n    zero_at_equal:"),
-        ("alpha_beta", "swapped", "AlphaBeta", "a, b = self.alpha, self.beta", "b, a = self.alpha, self.beta"),
+        ("alpha_beta", "swapped", "AlphaBeta", "a, b = self.alpha, self.beta\n        log_ratio", "b, a = self.alpha, self.beta\n        log_ratio"),
+        ("alpha_beta", "sign of the direct gradient", "AlphaBeta", "(cross.sub_(student), -1 / a)", "(cross.sub_(student), 1 / a)"),
         ("alpha_beta", "sign of the gradient", "AlphaBeta", "(slope, -1.0)", "(slope, 1.0)"),
         ("alpha_beta", "divisor", "AlphaBeta", ".sum(-1) / b, slope", ".sum(-1) / a, slope"),
         ("alpha_beta", "no limit", "_quotient", "return log_power.exp() * log_ratio\n", "return log_power.exp()\n"),
@@ -202,13 +203,14 @@ def _test(package: str, output: Path) -> int:
     os.chdir(ROOT)
     sys.path.insert(0, package)
     sys.dont_write_bytecode = True
-    ours = [str(Path(__file__).with_name(name)) for name in ("test_output_terms.py", "test_hidden_terms.py")]
+    ours = [str(Path(__file__).with_name(name)) for name in ("test_hidden_terms.py", "test_output_terms.py")]
     return int(pytest.main([*ours, "-x", "-p", "no:cacheprovider"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="a loss, or `loss: kind`")
+    parser.add_argument("--unchecked", action="store_true", help="do not run the suite on the package as it is first")
     options = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if not options.only or {mutant.loss, mutant.name} & set(options.only)]
     if not chosen:
@@ -217,7 +219,7 @@ def main() -> None:
     import transformers  # noqa: F401  the children find both imported
 
     torch.set_num_threads(1)
-    code, failed = run(None)
+    code, failed = (0, "") if options.unchecked else run(None)
     if code:
         sys.exit(f"the suite fails without a change ({failed}), so it says nothing of mutants")
     survivors = []
