@@ -92,7 +92,7 @@ MUTANTS = [
         ("tvd", "factor", "TVD", "0.5 * (bins.p", "(bins.p"),
         ("tvd", "sign", "TVD", "bins.q - bins.p", "bins.p - bins.q"),
         ("tvd", "temperature factor", "TVD", "    zero_at_equal:", "    t_squared: ClassVar = True\n    zero_at_equal:"),
-        ("alpha_beta", "swapped", "AlphaBeta", "a, b = self.alpha, self.beta\n        log_", "b, a = self.alpha, self.beta\n        log_"),
+        ("alpha_beta", "swapped", "AlphaBeta", "self.beta\n        log_ratio", "self.beta\n        a, b = b, a\n        log_ratio"),
         ("alpha_beta", "sign of the direct gradient", "AlphaBeta", "(cross.sub_(student), -1 / a)", "(cross.sub_(student), 1 / a)"),
         ("alpha_beta", "sign of the gradient", "AlphaBeta", "(slope, -1.0)", "(slope, 1.0)"),
         ("alpha_beta", "divisor", "AlphaBeta", ".sum(-1) / b, slope", ".sum(-1) / a, slope"),

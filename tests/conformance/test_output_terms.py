@@ -162,22 +162,23 @@ def test_chunks_order_and_company_do_not_matter(name: str, target: str) -> None:
     """A token has its value whatever else is in the batch, in whatever chunk; and the plain head says the same."""
     term, u, z = OUTPUT_TERMS[name], draw(N, V, seed=1), draw(N, V, seed=2).float()
     terms, scales = {"ce": CrossEntropy(), "x": term}, {"ce": 0.3, "x": SCALE}
-    head = Head(torch.eye(V), torch.linspace(-1, 1, V), 2.0, 5.0)
 
-    def run(order: list[int], chunks: int | None) -> tuple[Tensor, Tensor]:
-        rows = z[order].clone().requires_grad_()
+    def run(order: list[int], chunks: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        rows, weight = z[order].clone().requires_grad_(), torch.eye(V, requires_grad=True)
+        head = Head(weight, torch.linspace(-1, 1, V), 2.0, 5.0)
         extra = () if chunks is None else (chunks,)
         run_head: Any = output_head.plain if chunks is None else output_head.fused
         loss, sums = run_head(rows, head, TARGET_IDS[order], signal_of(target, u[order]), terms, scales, *extra)
         loss.backward()
         assert loss.item() == pytest.approx(0.3 * sums["ce"].item() + SCALE * sums["x"].item(), rel=1e-5, abs=1e-6)
-        return loss.detach(), rows.grad
+        return loss.detach(), rows.grad, weight.grad
 
-    loss, grad = run([0, 1, 2, 3], None)
+    loss, grad, weight_grad = run([0, 1, 2, 3], None)
     for order, chunks in (([0, 1, 2, 3], 1), ([3, 1, 0, 2], 3), ([3, 1, 0, 2], None), ([0, 1, 2, 3], 9)):
-        other, other_grad = run(order, chunks)
+        other, other_grad, other_weight_grad = run(order, chunks)
         torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(other_grad, grad[order], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other_weight_grad, weight_grad, rtol=1e-4, atol=1e-4)
     alone = sum(run([i], 2)[0] for i in range(N))
     torch.testing.assert_close(alone, loss, rtol=1e-5, atol=1e-5)
 
