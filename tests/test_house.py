@@ -207,7 +207,7 @@ def test_imports_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirements = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
     tests = list((ROOT / "tests").rglob("*.py"))
-    own = {file.stem for file in tests}  # helpers of the tests beside them
+    own = {name for file in tests for name in (file.stem, file.parent.name)}  # helpers of the tests beside them
     trees = {file.name: ast.parse(file.read_text(encoding="utf-8")) for file in (*SOURCES, *tests)}
     found = {name: names for name, tree in trees.items() if (names := undeclared(tree, requirements) - own)}
     assert not found, found
