@@ -95,7 +95,8 @@ def test_a_capture_keeps_them(base, data, tokenizer, tmp_path, codec):
     assert manifest.head is None and read_manifest(path).temperatures == (1.0,)
     assert "kl" not in manifest.certificate and manifest.certificate["l1"] > 0
     assert any("draws without bias" in text for _, text in lines(summary(path)))
-    bars(summary(path))
+    charts = bars(summary(path))
+    assert all(charts.values()) and "L1, by how sure the teacher is" in charts
     batch = pad(samples_of(data, tokenizer)[:3], 0)
     draws = StoreTeacher(path=str(path)).open(tokenizer, Needs(output=True)).score(batch).sparse
     assert len(draws.ids) == len(batch.scored) and (draws.weights.sum(1) - 1).abs().max() < 0.5

@@ -64,8 +64,9 @@ def bars(found: dict[str, Any]) -> dict[str, list[tuple[str, float, str]]]:
     if measured:
         parts = {name: part for name, part in measured["by_entropy"].items() if part["num_scored"]}
         names = {name: f"{name} ({part['num_scored'] / measured['num_scored']:.0%})" for name, part in parts.items()}
-        charts["KL, by how sure the teacher is"] = [
-            (names[name], max(part["kl"], 0.0), f"{part['kl']:.4f}") for name, part in parts.items() if "kl" in part
+        key, shown = _distance(measured)
+        charts[f"{shown}, by how sure the teacher is"] = [
+            (names[name], max(part[key], 0.0), f"{part[key]:.4f}") for name, part in parts.items()
         ]
         if "gradient_angle" in measured:
             charts["gradient of a new student: angle in degrees"] = [
@@ -86,7 +87,7 @@ def _settings(spec: dict[str, Any]) -> str:
 def _certificate(found: dict[str, Any]) -> list[tuple[str, str]]:
     measured = found["certificate"]
     once = sum(found[name]["bytes"] for name in ("head", "model") if found[name]) / 2**20
-    key, shown = ("kl", "KL") if "kl" in measured else ("l1", "L1")
+    key, shown = _distance(measured)
     buckets = ", ".join(f"{name} {part[key]:.3f}" for name, part in measured["by_entropy"].items() if part["num_scored"])
     what = f"{in_words(measured)}, same first token {measured['top1']:.1%}, mass kept {measured['mass']:.1%}"
     size = f"{measured['bytes_per_token']:.1f} bytes per token and {once:,.1f} MB once (head, tables)"
@@ -98,6 +99,11 @@ def _certificate(found: dict[str, Any]) -> list[tuple[str, str]]:
         ratio = f"{measured['gradient_ratio']:.3f} of its length"
         found_lines.append(("", f"a new student's gradient: {measured['gradient_angle']:.2f} degrees off the exact one, {ratio}"))
     return found_lines
+
+
+def _distance(measured: dict[str, Any]) -> tuple[str, str]:
+    """What says how far off a capture is, and its name: draws have no KL."""
+    return ("kl", "KL") if "kl" in measured else ("l1", "L1")
 
 
 def _temperatures(served: list[float] | None) -> str:
