@@ -6,6 +6,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -153,3 +158,18 @@ def init(**settings):
         raise ValueError("no api key")
     return _Run(settings)
 """
+
+
+def killed_run(recipe: dict[str, Any], folder: Path, settings: Sequence[str]) -> Path:
+    """The directory of a training run in a process of its own that was killed after its first checkpoint."""
+    file, path = folder / "recipe.yaml", folder / "killed"
+    file.write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", "limbeck", "train", str(file), *settings, "--out", str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while not list((path / "checkpoints").glob("step-*[0-9]")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (path / "student").exists(), "the run was over before it could be killed"
+    return path

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import limbeck
-from helpers import write_jsonl
+from helpers import killed_run, write_jsonl
 from limbeck.models import load_model, weights_hash
 
 pytest.importorskip("peft")
@@ -130,16 +128,7 @@ def test_resume_after_a_kill_gives_the_bits_of_a_straight_run(base: dict[str, An
     base = {**base, "student": {**base["student"], "lora": {**PLAIN, "dropout": 0.2}}}
     settings = ["train.steps=40", "train.checkpoint_every=3"]
     straight = limbeck.train(base, tmp_path / "straight", settings)
-    recipe, path = tmp_path / "recipe.yaml", tmp_path / "killed"
-    recipe.write_text(json.dumps(base))
-    command = [sys.executable, "-m", "limbeck", "train", str(recipe), *settings, "--out", str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 120
-    while not list((path / "checkpoints").glob("step-*[0-9]")) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (path / "student").exists(), "the run was over before it could be killed"
+    path = killed_run(base, tmp_path, settings)
     resumed = limbeck.train(base, path, settings)
     assert [row["loss"] for row in resumed.metrics()] == [row["loss"] for row in straight.metrics()]
     for file in ("adapters/adapter_model.safetensors", "student/model.safetensors"):

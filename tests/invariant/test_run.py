@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import limbeck
-from helpers import make_tokenizer, save_model, tiny_model, write_jsonl
+from helpers import killed_run, make_tokenizer, save_model, tiny_model, write_jsonl
 from limbeck.errors import ModelError, RunError
 
 
@@ -104,17 +100,7 @@ def test_order_does_not_depend_on_anything_but_seed_and_step(base: dict[str, Any
 def test_resume_after_a_kill_gives_the_bits_of_a_straight_run(base: dict[str, Any], tmp_path: Path) -> None:
     settings = ["train.steps=40", "train.checkpoint_every=3"]
     straight = _train(base, tmp_path / "straight", *settings)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps(base))
-    path = tmp_path / "killed"
-    command = [sys.executable, "-m", "limbeck", "train", str(recipe), *settings, "--out", str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 120
-    while not list((path / "checkpoints").glob("step-*[0-9]")) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (path / "student").exists(), "the run was over before it could be killed"
+    path = killed_run(base, tmp_path, settings)
     checkpoints = sorted((path / "checkpoints").glob("step-*[0-9]"))
     assert checkpoints
     resumed = _train(base, path, *settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 import limbeck
@@ -54,6 +55,16 @@ def signals(path, samples, tokenizer, needs=ALL, batch_size=1):
             parts += [signal.observed[scored], *(state[represented] for _, state in sorted(signal.hidden.items()))]
             found[sample_id] = parts
     return found
+
+
+def coded_apart(codec, head, model, rows):
+    """Some rows of some samples and all rows of all, decoded, after the bytes of a sample were found to depend on its rows alone.
+    The first are rows 69, 5 and 78 of the others."""
+    blobs = codec.encode(head, model, rows, [0, 70, 1, len(rows) - 71])
+    parts = rows.split([70, 1, len(rows) - 71])
+    assert blobs == [b"", *(codec.encode(head, model, part, [len(part)])[0] for part in parts)]
+    some = codec.decode(head, model, blobs, [np.arange(0), np.array([69, 5]), np.arange(0), np.array([7])])
+    return some, codec.decode(head, model, blobs[1:], [np.arange(len(part)) for part in parts])
 
 
 def assert_same(a, b):

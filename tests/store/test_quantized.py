@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from captures import run, samples_of
+from captures import coded_apart, run, samples_of
 
 from limbeck.objectives.base import Needs
 from limbeck.objectives.head import Head
@@ -90,11 +90,7 @@ def test_a_token_far_outside_of_the_calibration_comes_back_finite():
 
 def test_a_samples_bytes_depend_on_its_rows_alone():
     codec, model = fitted(5)
-    rows = outputs(130, seed=6)
-    blobs = codec.encode(HEAD, model, rows, [0, 70, 1, 59])
-    assert blobs == [b"", *(codec.encode(HEAD, model, part, [len(part)])[0] for part in rows.split([70, 1, 59]))]
-    some = codec.decode(HEAD, model, blobs, [np.arange(0), np.array([69, 5]), np.arange(0), np.array([7])]).output
-    everything = codec.decode(HEAD, model, blobs[1:], [np.arange(70), np.arange(1), np.arange(59)]).output
+    some, everything = (each.output for each in coded_apart(codec, HEAD, model, outputs(130, seed=6)))
     torch.testing.assert_close(some, everything[[69, 5, 78]], rtol=1e-5, atol=1e-5)
     assert codec.decode(HEAD, model, [], []).output.shape == (0, E)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from captures import run, samples_of
+from captures import coded_apart, run, samples_of
 
 from limbeck.errors import RecipeError
 from limbeck.objectives.base import Needs
@@ -74,13 +74,9 @@ def test_the_most_probable_tokens_are_all_there():
 def test_a_samples_draws_depend_on_its_rows_alone(codec):
     rows = outputs(300, seed=6)
     model = codec.calibrate(HEAD, [outputs(150, seed=8)])
-    blobs = codec.encode(HEAD, model, rows, [0, 140, 3, 157])
-    alone = [codec.encode(HEAD, model, part, [len(part)])[0] for part in rows.split([140, 3, 157])]
-    assert blobs == [b"", *alone]
-    some = codec.decode(None, model, blobs, [np.arange(0), np.array([139, 5]), np.arange(0), np.array([7])]).sparse
-    everything = codec.decode(None, model, blobs[1:], [np.arange(140), np.arange(3), np.arange(157)]).sparse
-    assert torch.equal(dense(some), dense(everything)[[139, 5, 150]])
-    assert torch.equal(some.neg_entropy, everything.neg_entropy[[139, 5, 150]])
+    some, everything = (each.sparse for each in coded_apart(codec, HEAD, model, rows))
+    assert torch.equal(dense(some), dense(everything)[[69, 5, 78]])
+    assert torch.equal(some.neg_entropy, everything.neg_entropy[[69, 5, 78]])
     assert len(codec.decode(None, model, [], []).sparse.ids) == 0
     again = codec.encode(HEAD, model, torch.cat([rows[:140], rows[:140]]), [140, 140])
     assert again[0] == again[1], "the same rows, the same draws"

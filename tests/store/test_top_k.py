@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from captures import run, samples_of
+from captures import coded_apart, run, samples_of
 
 from limbeck.errors import RecipeError
 from limbeck.objectives.base import Needs
@@ -96,13 +96,8 @@ def test_a_prior_is_nearer_to_the_teacher_than_an_even_tail():
 def test_a_samples_bytes_depend_on_its_rows_alone(codec):
     rows = outputs(300, seed=6)
     model = codec.calibrate(HEAD, [outputs(150, seed=8)])
-    blobs = codec.encode(HEAD, model, rows, [0, 140, 3, 157])
-    alone = [codec.encode(HEAD, model, part, [len(part)])[0] for part in rows.split([140, 3, 157])]
-    assert blobs == [b"", *alone]
-    some = codec.decode(None, model, blobs, [np.arange(0), np.array([139, 5]), np.arange(0), np.array([7])]).sparse
-    everything = codec.decode(None, model, blobs[1:], [np.arange(140), np.arange(3), np.arange(157)]).sparse
-    width = some.ids.shape[1]
-    assert torch.equal(some.log_probs, everything.log_probs[[139, 5, 150], :width])
+    some, everything = (each.sparse for each in coded_apart(codec, HEAD, model, rows))
+    assert torch.equal(some.log_probs, everything.log_probs[[69, 5, 78], : some.ids.shape[1]])
     assert len(codec.decode(None, model, [], []).sparse.ids) == 0
 
 

@@ -286,18 +286,18 @@ def _log_mixture(bins: Bins, teacher_share: float, detach: bool = False) -> Tens
 
 
 def _mixture(bins: Bins, teacher_share: float) -> Tensor:
-    """share p + (1 - share) q as a new tensor. A sum of two positive numbers is as exact as they are, and its logarithm a third of the
-    price of the logarithm of a sum of exponentials; where both underflow, so do their weights."""
+    """share p + (1 - share) q as a new tensor. A sum of two positive numbers is as exact as they are, and its logarithm
+    cheaper than that of a sum of exponentials; where both underflow, so do their weights."""
     return (bins.p * teacher_share).add_(bins.q, alpha=1 - teacher_share).clamp_(min=_TINY)
 
 
 _TINY = 1e-37
 """A normal float32: the reciprocal and the logarithm are finite."""
 _SAFE_EXPONENT = 0.1
-"""From here on the sum in the definition of alpha_beta loses little, and is half as expensive as the differences."""
+"""From here on the sum in the definition of alpha_beta loses little, and is cheaper than the differences."""
 _HEAD_MASS = 0.5
 _FIRST_TRIED = 64
-"""Most heads are smaller; a partial sort of so many costs a tenth of a full one."""
+"""Most heads are smaller, and a partial sort is cheaper than a full one."""
 
 
 def _head_share(bins: Bins) -> Float[Tensor, "n 1"]:

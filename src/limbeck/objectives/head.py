@@ -27,7 +27,7 @@ OutputTerms = Mapping[str, OutputTerm]
 LIVE_BUFFERS = 2
 """Tensors `[n, V]` that a chunk keeps: the student's logits, which become their gradient, and a dense teacher's."""
 ALIGNED = 16
-"""Rows of a chunk are a multiple of it where they are more: matmuls of 171 rows take a tenth longer per row than those of 176."""
+"""Rows of a chunk are a multiple of it where they are more: matmuls compute tiles of rows, and a part of one costs as much as a whole."""
 BLOCK_NUMBERS = {"cpu": 2**20}
 """Logits of a block, by device: 4 MB a tensor, which stays in a CPU's cache; softmaxes of a whole chunk take two to five times as long."""
 BLOCK_NUMBERS_ELSEWHERE = 2**25

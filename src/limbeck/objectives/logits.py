@@ -42,7 +42,7 @@ class Logits(OutputTerm):
             known = " and ".join(sorted(self.divergence.supports))
             return f"{self.divergence.type} is defined on {known}, and the teacher gives {support}"
         if support == "sampled" and self.temperature != 1.0:
-            return f"found temperature {self.temperature:g}, expected 1: tokens that were drawn at 1 say nothing of another"
+            return f"found temperature {self.temperature:g}, expected 1, at which tokens were drawn; set 1, or capture with another codec"
         if temperatures is not None and self.temperature not in temperatures:
             there = ", ".join(f"{known:g}" for known in sorted(temperatures))
             return (

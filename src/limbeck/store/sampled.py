@@ -75,13 +75,12 @@ class SampledCodec(Codec):
         return {name: value.clamp(max=2**31 - 1).int() for name, value in model.items()}
 
     def encode(self, head: Head, model: Mapping[str, Tensor], output: Tensor, lengths: Sequence[int]) -> list[bytes]:
-        blobs = []
+        tables, blobs = _Tables(model), []
         for rows in output.split(list(lengths)):
             if not len(rows):
                 blobs.append(b"")
                 continue
             kept = self._draw(head, rows)
-            tables = _Tables(model)
             parts = [(kept.numbers, tables.numbers), (kept.ids, tables.drawn), (kept.counts, tables.counts)]
             parts += [(kept.entropies, tables.entropies), (kept.top.ravel(), tables.top)]
             parts += [(kept.gaps[:, rank], table) for rank, table in enumerate(tables.gaps)]
