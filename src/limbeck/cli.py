@@ -173,7 +173,7 @@ def study(
     from limbeck.study import load_study
 
     spec = load_study(file, overrides or [])
-    from limbeck.study import run_study
+    from limbeck.conduct import run_study
 
     finish(run_study(spec, out or Path("runs") / spec.name), as_json)
 

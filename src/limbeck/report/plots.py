@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from limbeck.report.collect import REFERENCES, Evidence, RunRecord
+from limbeck.report.collect import REFERENCES, Evidence
+from limbeck.report.records import RunRecord
 from limbeck.report.summary import score
 from limbeck.report.tables import metric_name
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from limbeck.report.collect import TEACHER_NLL, Evidence, RunRecord, item_pairs
+from limbeck.report.collect import TEACHER_NLL, Evidence, item_pairs
+from limbeck.report.records import RunRecord
 from limbeck.report.stats import mean_over_seeds, paired_difference, ratio, spread
 
 BUDGETS = {
@@ -155,7 +156,7 @@ def cost(runs: Sequence[RunRecord]) -> dict[str, float | None]:
     """What an arm took, on average over its seeds."""
     return {
         "tokens": _over_runs(runs, "tokens"),
-        "scored_tokens": _mean([float(_scored_tokens(run)) for run in runs if run.metrics]),
+        "scored_tokens": _mean([float(run.scored_tokens) for run in runs if run.metrics]),
         "train_seconds": _over_runs(runs, "train_seconds"),
         "tokens_per_second": _over_runs(runs, "tokens_per_second"),
         "teacher_share": _over_runs(runs, "teacher_share"),
@@ -183,12 +184,8 @@ def budgets(evidence: Evidence) -> list[Budget]:
 
 def _budget(run: RunRecord, field: str) -> Any:
     if field == "scored_tokens":
-        return _scored_tokens(run)
+        return run.scored_tokens
     return run.totals.get(field) if field in ("steps", "tokens") else run.data.get(field)
-
-
-def _scored_tokens(run: RunRecord) -> int:
-    return sum(row["scored_tokens"] for row in run.metrics)
 
 
 def headroom(evidence: Evidence) -> list[Headroom]:
