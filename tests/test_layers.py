@@ -22,8 +22,9 @@ PACKAGE = ROOT / "src" / "limbeck"
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("0", ("errors",)),
     ("0", ("spec", "batch", "run", "log", "cache")),
-    ("1", ("objectives", "tokens", "report.stats")),
-    ("1", ("store",)),
+    ("1", ("objectives", "tokens", "report.stats", "report.crossed")),
+    ("1", ("store", "report.verdict")),
+    ("1", ("report.gap",)),
     ("2", ("models", "adapters", "distributed", "generate")),
     ("3", ("teachers", "sources", "learner")),
     ("3", ("first_samples",)),
