@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("7", ("protocol",)),
     ("7", ("ledger",)),
     ("7", ("conduct",)),
+    ("7", ("forecast",)),
     ("8", ("check", "show", "plan", "assets", "init", "schema")),
     ("8", ("export",)),
     ("8", ("demo",)),

@@ -167,15 +167,27 @@ def study(
     file: Annotated[Path, typer.Argument(help="Study (YAML).", metavar="STUDY")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the study; runs/NAME where not given.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of records and report, small enough to commit; --out where not given.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show runs, tokens, time and memory to be expected; do nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train arms x seeds, evaluate them alike, and write the report."""
+    """Train arms x seeds, evaluate them alike, and write the report. What is recorded is not done again."""
     from limbeck.study import load_study
 
     spec = load_study(file, overrides or [])
+    path = out or Path("runs") / spec.name
+    if dry_run:
+        from limbeck.forecast import forecast, show
+
+        expected = forecast(spec, path, results)
+        show(expected)
+        finish(expected, as_json)
+        return
     from limbeck.conduct import run_study
 
-    finish(run_study(spec, out or Path("runs") / spec.name), as_json)
+    finish(run_study(spec, path, results), as_json)
 
 
 @app.command()

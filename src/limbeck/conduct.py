@@ -235,17 +235,23 @@ def run_study(study: Study, path: Path | str, results: Path | str | None = None)
 
 
 def compute(recipe: Recipe, record: RunRecord) -> dict[str, float | None]:
-    """Floating-point operations of a run by the usual count: per token 6 for a trained parameter (2 forward, 4 backward), 4 for a
-    frozen one of the student, 2 for one of the teacher."""
+    """Floating-point operations of a run, of the student and of the teacher as if it had scored every token anew."""
+    tokens = record.totals["tokens"]
+    return {f"{who}_flops": None if each is None else each * tokens for who, each in flops_per_token(recipe).items()}
+
+
+def flops_per_token(recipe: Recipe) -> dict[str, float | None]:
+    """The usual count: 6 for a trained parameter (2 forward, 4 backward), 4 for a frozen one of the student, 2 for one of the teacher"""
     student, _ = recipe.for_training()
     sizes, taught = student.num_parameters(), None
-    tokens = record.totals["tokens"]
     if not asks_teacher(recipe):
         taught = 0
     elif isinstance(recipe.teacher, ModelTeacher) and (shapes := weight_shapes(recipe.teacher.model, recipe.teacher.revision)):
         taught = sum(prod(shape) for shape in shapes.values())
-    own = 6.0 * sizes["trained"] + 4.0 * sizes["frozen"] if sizes else None
-    return {"student_flops": own * tokens if own else None, "teacher_flops": None if taught is None else 2.0 * taught * tokens}
+    return {
+        "student": 6.0 * sizes["trained"] + 4.0 * sizes["frozen"] if sizes else None,
+        "teacher": None if taught is None else 2.0 * taught,
+    }
 
 
 def _needs(recipe: Recipe) -> Needs:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from limbeck.report.collect import REFERENCES, Evidence
+from limbeck.report.judge import Judgement
 from limbeck.report.records import RunRecord
-from limbeck.report.summary import score
+from limbeck.report.summary import score, total_flops
 from limbeck.report.tables import metric_name
 
 # placeholder -> (variable, light, dark)
@@ -89,6 +90,54 @@ def quality_plots(evidence: Evidence) -> list[Plot]:
                 )
             )
     return plots
+
+
+def verdict_plot(evidence: Evidence, judged: Judgement) -> Plot:
+    """The primary metric's differences with their intervals, and the margin as a band: what is left or right of it matters."""
+    rows = [(f"{arm} − {other}", its, SERIES[0]) for (arm, other), its in judged.verdicts.items()]
+    for its, role in ((judged.again, "again"), (judged.planted, "planted")):
+        if its is not None:
+            rows.append((f"{evidence.of_role(role)} − {evidence.baseline}", its, MUTED))
+    with new_figure(0.6 + 0.26 * len(rows)) as (figure, axes):
+        axes.axvspan(-judged.margin, judged.margin, color=GRID, linewidth=0)
+        axes.axvline(0, color=MUTED, linewidth=0.9)
+        for row, (_, its, colour) in enumerate(reversed(rows)):
+            low, high = its.interval or (its.value, its.value)
+            axes.plot([low, high], [row, row], color=colour, linewidth=1.6)
+            axes.plot([its.value], [row], "o", color=colour, markersize=5)
+            axes.annotate(its.outcome, (high, row), xytext=(4, 0), textcoords="offset points", color=INK, fontsize=7, va="center")
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_yticks(range(len(rows)), [label for label, _, _ in reversed(rows)])
+        axes.margins(x=0.22)
+        axes.locator_params(axis="x", nbins=4)
+        title = f"{judged.benchmark.replace('_', ' ')}: {judged.metric.replace('_', ' ')}, difference"
+        return to_plot(
+            figure, "verdicts", title, f"{title} with intervals: {'; '.join(f'{label} {its.outcome}' for label, its, _ in rows)}"
+        )
+
+
+def cost_plot(evidence: Evidence, judged: Judgement) -> Plot | None:
+    """The primary metric against what it cost: all floating-point operations of student and teacher, a parent's included."""
+    points = []
+    for arm, runs in evidence.finished.items():
+        found = score([run.evals for run in runs], judged.benchmark, judged.metric)
+        spent = [cost for run in runs if (cost := total_flops(run.about)) is not None]
+        if found and found.value is not None and spent:
+            points.append((arm, sum(spent) / len(spent) / 1e12, found.value, found.sd or 0.0))
+    if len(points) < 2:
+        return None
+    colours = arm_colours(evidence)
+    with new_figure(2.2) as (figure, axes):
+        for arm, flops, value, sd in points:
+            axes.errorbar(flops, value, yerr=sd, fmt="o", color=colours[arm], markersize=5, elinewidth=1.2)
+            axes.annotate(arm, (flops, value), xytext=(5, 3), textcoords="offset points", color=INK, fontsize=7)
+        axes.set_xlabel("TFLOPs of student and teacher")
+        axes.margins(x=0.25, y=0.15)
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.locator_params(nbins=5)
+        title = f"{judged.benchmark.replace('_', ' ')} {judged.metric.replace('_', ' ')} against compute"
+        named = "; ".join(f"{arm} {value:.3f} for {flops:.1f} TFLOPs" for arm, flops, value, _ in points)
+        return to_plot(figure, "cost", title, f"{title}: {named}; bars are standard deviations over seeds")
 
 
 def loss_plots(evidence: Evidence) -> list[Plot]:

@@ -161,8 +161,17 @@ def cost(runs: Sequence[RunRecord]) -> dict[str, float | None]:
         "tokens_per_second": _over_runs(runs, "tokens_per_second"),
         "teacher_share": _over_runs(runs, "teacher_share"),
         "peak_memory_mb": _over_runs(runs, "peak_memory_mb"),
+        "flops": _mean([spent for run in runs if (spent := total_flops(run.about)) is not None]),
         "evaluation_seconds": _mean([evaluation_seconds(run.evals) for run in runs]),
     }
+
+
+def total_flops(about: dict[str, Any]) -> float | None:
+    """What a run cost, student, teacher and what it started from; None where a part is not known."""
+    own = about.get("compute") or {}
+    parts = [own.get("student_flops"), own.get("teacher_flops"), total_flops(about["parent"]) if "parent" in about else 0.0]
+    known = [float(part) for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
 
 
 def evaluation_seconds(evals: dict[str, dict[str, Any]]) -> float:

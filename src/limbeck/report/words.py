@@ -27,7 +27,7 @@ def comparison(evidence: Evidence) -> str:
     return f"The same student, trained in {number(len(arms))} {plural('way', len(arms))}{budget}, {seeds}: {listing(arms)}."
 
 
-def statement(evidence: Evidence) -> str:
+def statement(evidence: Evidence, is_judged: bool = False) -> str:
     """What the evidence allows to be said, and what not."""
     unfinished = evidence.num_expected - evidence.num_finished
     prefix = f"{unfinished} of {evidence.num_expected} runs have not finished; this report covers the others. " if unfinished else ""
@@ -40,8 +40,12 @@ def statement(evidence: Evidence) -> str:
             "and nothing about how another seed would turn out. So there is no verdict across seeds."
         )
     return prefix + (
-        f"{finished} seeds: means and standard deviations over seeds, standard errors over items. The test that takes both into account "
-        "comes later; no verdict is claimed here."
+        f"{finished} seeds: means and standard deviations over seeds, standard errors over items. "
+        + (
+            "Verdicts take both into account, on the metric that was declared; everything else here describes."
+            if is_judged
+            else "No primary metric was declared, so no verdict is claimed."
+        )
     )
 
 
