@@ -69,8 +69,8 @@ class Ledger:
         tune = self.study.tune
         if tune is None:
             return []
-        arms = [arm.name for arm in self.arms.values() if arm.role == "arm"]
-        return [Task(arm, tune.seed, rate, True) for arm in arms for rate in tune.of.get(arm, tune.learning_rates)]
+        grids = {arm.name: tune.of.get(arm.name, tune.learning_rates) for arm in self.arms.values() if arm.role == "arm"}
+        return [Task(arm, tune.seed, rate, True) for arm, rates in grids.items() if len(rates) > 1 for rate in rates]
 
     def tasks(self) -> list[Task]:
         """All runs, seed by seed, so that a study that is stopped has whole comparisons to show."""
@@ -80,13 +80,14 @@ class Ledger:
         ]
 
     def rate_of(self, arm: str) -> float | None:
-        """The rate that tuning chose, or None where there is none to choose."""
+        """The rate that tuning chose, or the only one of its grid; None where there is none to choose."""
         tuned = arm if self.arms[arm].role == "arm" else self.study.baseline
-        found = self.tried(tuned)
-        if not found:
+        found, tune = self.tried(tuned), self.study.tune
+        if tune is not None and len(tune.of.get(tuned, ())) == 1:
+            return tune.of[tuned][0]
+        if tune is None or not found:
             return None
-        assert self.study.tune is not None
-        best = max if self.study.tune.evaluate.higher_is_better[self._tuned_metric] else min
+        best = max if tune.evaluate.higher_is_better[self._tuned_metric] else min
         return best(sorted(found), key=lambda rate: found[rate])  # of equals the lowest
 
     @property

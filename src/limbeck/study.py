@@ -81,7 +81,7 @@ class Tuning(Spec):
     learning_rates: list[float] = Field(min_length=2)
     """The grid of every arm."""
     of: dict[str, list[float]] = {}
-    """Grids of arms that have another."""
+    """Grids of arms that have another; of a single rate, which is taken as it is."""
     evaluate: member_of(Benchmark)  # type: ignore[valid-type]
     """What chooses: a benchmark on cases that base.evaluate does not have."""
     metric: str = ""

@@ -1,6 +1,7 @@
 """Makes this study's data: questions of reasoning-gym's `basic_arithmetic` with their right answers, none of them a test's.
 
-    python recipes/mini/exp1-smollm2/rows.py
+    python recipes/mini/exp1-smollm2/rows.py                                            # questions and right answers
+    python recipes/mini/exp1-smollm2/rows.py runs/exp1-smollm2/tuned/student            # the teacher's own answers to `additions.jsonl`
 
 `teacher.jsonl` tunes the teacher on additions, `additions.jsonl` is what students learn from, and `subtractions.jsonl` the same on a task
 that the teacher was not tuned on. The three have no question in common.
@@ -9,6 +10,7 @@ that the teacher was not tuned on. The three have no question in common.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import reasoning_gym
@@ -34,6 +36,23 @@ def main() -> None:
         (HERE / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def answer(model: str) -> None:
+    """The teacher's greedy answers, right or wrong: what sequence-level distillation trains on."""
+    from limbeck.generate import eos_ids_of, generate
+    from limbeck.models import load_model, load_tokenizer
+
+    tokenizer, teacher = load_tokenizer(model), load_model(model)
+    rows = [json.loads(line) for line in (HERE / "additions.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = [tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] for row in rows]
+    eos = eos_ids_of(teacher, tokenizer)
+    found = generate(teacher, prompts, 6, eos, tokenizer.pad_token_id or 0, batch_size=48)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+    right = sum(text == row["completion"] for text, row in zip(texts, rows, strict=True))
+    print(f"{right} of {len(rows)} answers are the right ones")
+    answered = [{**row, "completion": text} for row, text in zip(rows, texts, strict=True)]
+    (HERE / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answered), encoding="utf-8")
+
+
 def tested() -> set[str]:
     """The questions on which the studies here test or choose a learning rate."""
     from limbeck.evaluate import ExactMatch
@@ -48,4 +67,4 @@ def tested() -> set[str]:
 
 
 if __name__ == "__main__":
-    main()
+    answer(sys.argv[1]) if len(sys.argv) > 1 else main()
