@@ -103,19 +103,26 @@ def right_arguments(calls: Sequence[Call], expected: Sequence[Expected], schemas
 def is_admissible(value: Any, choices: Sequence[Any], schema: Any) -> bool:
     """Whether a value has the type that its schema states, or that of the first admissible value (which may be the name of a variable),
     and is one of these."""
-    kinds = _kinds(schema.get("type") if isinstance(schema, Mapping) else None)
+    schema = schema if isinstance(schema, Mapping) else {}
+    kinds = _kinds(schema.get("type"))
     stated = next((type(choice) for choice in choices if choice != OMITTED), None)
-    return (kinds is None or type(value) in kinds or type(value) is stated) and any(is_same(value, choice) for choice in choices)
+    fits = kinds is None or type(value) in kinds or type(value) is stated
+    return fits and any(is_same(value, choice, schema.get("items")) for choice in choices)
 
 
-def is_same(value: Any, choice: Any) -> bool:
-    """Texts without regard to case, spaces and some punctuation; lists element by element; objects by key; all else by equality."""
+def is_same(value: Any, choice: Any, items: Any = None) -> bool:
+    """Texts without regard to case, spaces and some punctuation; lists element by element, each of the type that `items` states; objects by
+    key; all else by equality."""
     if isinstance(value, str) and isinstance(choice, str):
         return normalise(value) == normalise(choice)
     if isinstance(value, list):
         if choice == OMITTED:
             return not value  # an empty list, as an empty text, is as good as none
-        return isinstance(choice, list) and len(value) == len(choice) and all(map(is_same, value, choice))
+        return (
+            isinstance(choice, list)
+            and len(value) == len(choice)
+            and all(is_admissible(a, [b], items) for a, b in zip(value, choice, strict=True))
+        )
     if isinstance(value, dict):
         return isinstance(choice, dict) and (value == choice or _is_same_object(value, choice))
     return bool(value == choice) and isinstance(value, bool) == isinstance(choice, bool)

@@ -199,7 +199,7 @@ def grade(case: Case, text: str, ended: bool, ask: Asker) -> Item:
 
 def _case(row: dict[str, Any], conversation: Conversation) -> Case:
     where, messages = conversation.where, conversation.messages
-    if not conversation.tools:
+    if row.get("tools") is None:  # an empty list is an offer too
         raise DataError(f"{where}: `tools` is missing, expected the schemas of the functions on offer")
     answer = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
     expected = _expected(row, answer, where)
@@ -248,7 +248,7 @@ def _admissible(value: Any, where: str) -> Expected:
     if not isinstance(arguments, dict):
         raise DataError(f"{where}.{name}: found {kind(arguments)}, expected an object of arguments")
     for argument, choices in arguments.items():
-        if not isinstance(choices, list) or not choices:
+        if not isinstance(choices, list):
             hint = f"; {json.dumps(OMITTED)} says that it may be left out"
             raise DataError(f"{where}.{name}.{argument}: found {kind(choices)}, expected a list of admissible values{hint}")
     return Expected(name, arguments)
