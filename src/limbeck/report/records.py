@@ -108,7 +108,7 @@ def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _curve(row: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in row.items() if key in _CURVE or key.startswith("loss/")}
+    kept = {key: value for key, value in row.items() if key in _CURVE or key.startswith(("loss/", "weight/", "temperature/"))}
     return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in kept.items()}
 
 
