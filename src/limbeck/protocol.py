@@ -6,13 +6,14 @@ hash, and a later one is an amendment that the report shows.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from limbeck.errors import RunError
 from limbeck.report.records import FOLDER
 from limbeck.run import Run, differences, write_json
-from limbeck.study import Study
+from limbeck.study import Study, digest
 
 FILE = "study.json"
 
@@ -28,7 +29,7 @@ def claim(study: Study, path: Path, results: Path) -> None:
     if not (results / FILE).is_file() and results.exists() and (not results.is_dir() or any(results.iterdir())):
         raise RunError(f"{results}: exists and is no study's directory; choose another path")
     there = Run(results).read_json(FILE, {})
-    plan, declared = study.plan(), study.protocol()
+    plan, declared = study.plan(), declaration(study)
     tree = {
         "format": "limbeck-study",
         "version": 2,
@@ -43,6 +44,19 @@ def claim(study: Study, path: Path, results: Path) -> None:
         **_protocol(there, declared, any((results / FOLDER).glob("*-seed-*.json"))),
     }
     write_json(results / FILE, tree)
+
+
+def declaration(study: Study) -> dict[str, Any]:
+    """What is declared before the first run, and its hash. Questions and names are not part of it."""
+    plan = study.plan()
+    declared: dict[str, Any] = {
+        "primary": study.primary.model_dump(mode="json") if study.primary else None,
+        "compared": [list(pair) for pair in study.compared],
+        "seeds": {name: arm.seeds for name, arm in plan.items()},
+        "tune": json.loads(study.tune.model_dump_json()) if study.tune else None,
+        "recipes": {name: arm.recipe.to_json() for name, arm in plan.items()},
+    }
+    return {"sha256": digest(declared), **declared}
 
 
 def index(results: Path, found: dict[str, Any]) -> None:

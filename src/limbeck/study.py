@@ -307,17 +307,6 @@ class Study(Spec):
                 "expected others, such as another `seed` or file"
             )
 
-    def protocol(self) -> dict[str, Any]:
-        """What is declared before the first run, and its hash. Questions and names are not part of it."""
-        declared: dict[str, Any] = {
-            "primary": self.primary.model_dump(mode="json") if self.primary else None,
-            "compared": [list(pair) for pair in self.compared],
-            "seeds": {name: arm.seeds for name, arm in self.plan().items()},
-            "tune": json.loads(self.tune.model_dump_json()) if self.tune else None,
-            "recipes": {name: recipe.to_json() for name, recipe in self.recipes().items()},
-        }
-        return {"sha256": digest(declared), **declared}
-
 
 def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
     """The study in a YAML file, its base read and every arm validated; torch-free."""
