@@ -242,7 +242,7 @@ def test_records_are_enough_to_go_on_elsewhere(finished, make_study, tmp_path, t
     shutil.copy(path / "study.json", results)
     shutil.copy(path / "capture.json", results)
     again = run_study(make_study(), tmp_path / "work", results)
-    assert not trained and not (tmp_path / "work").exists()
+    assert not trained and [file.name for file in (tmp_path / "work").iterdir()] == ["work.json"]
     assert {key: again[key] for key in ("scores", "differences", "costs", "budgets", "answer")} == {
         key: figures[key] for key in ("scores", "differences", "costs", "budgets", "answer")
     }
@@ -258,6 +258,23 @@ def test_another_study_in_the_same_directory_is_refused(finished, make_study, tr
     with pytest.raises(RunError, match=r"holds study 'tiny', found 'other'; choose another directory"):
         run_study(make_study(name="other"), path)
     assert not trained
+
+
+def test_a_study_that_was_stopped_in_its_capture_goes_on(make_study, tmp_path, monkeypatch):
+    """With results elsewhere, its directory is known by more than the runs that it does not have yet; another study's is refused."""
+    import limbeck.conduct
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(limbeck.conduct.Conduct, "_refer", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(make_study(), tmp_path / "work", tmp_path / "results")
+    assert (tmp_path / "work" / "teacher").is_dir() and not (tmp_path / "work" / "arms").exists()
+    assert run_study(make_study(), tmp_path / "work", tmp_path / "results")["num_runs"]["finished"] == 3
+    with pytest.raises(RunError, match=r"work: holds study 'tiny', found 'other'"):
+        run_study(make_study(name="other"), tmp_path / "work", tmp_path / "elsewhere")
 
 
 def test_an_arm_that_starts_from_another(make_study, tmp_path, trained):

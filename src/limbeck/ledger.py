@@ -56,6 +56,7 @@ class Ledger:
         self.results = Path(results) if results is not None else self.path
         self.arms: dict[str, Arm] = study.plan()
         self._identities: dict[str, dict[str, Any]] = {}
+        self._tried: dict[str, dict[float, float]] = {}
 
     @property
     def base(self) -> Recipe:
@@ -97,13 +98,16 @@ class Ledger:
 
     def tried(self, arm: str) -> dict[float, float]:
         """The validation score of every rate of an arm; empty until all of them are there."""
+        if arm in self._tried:
+            return self._tried[arm]
         tasks = [task for task in self.tuning_tasks() if task.arm == arm]
         found = {task.rate: self.recorded(task) for task in tasks}
         if not tasks or None in found.values():
             return {}
         key = self.study.tune.evaluate.key  # type: ignore[union-attr]
         values = {rate: record.evals[key]["metrics"][self._tuned_metric]["value"] for rate, record in found.items() if rate and record}
-        return {rate: value for rate, value in values.items() if value is not None}
+        self._tried[arm] = {rate: value for rate, value in values.items() if value is not None}
+        return self._tried[arm]
 
     def parent(self, task: Task) -> Task | None:
         """The run whose student this one starts from: of the same seed, or in tuning the parent's best."""
@@ -116,9 +120,7 @@ class Ledger:
         """The hash of all that decides the run's result, and of nothing else: no paths, no settings of speed, no benchmarks."""
         recipe = self._at(task)
         tree = recipe.to_json()
-        tree["train"] = {
-            key: value for key, value in tree["train"].items() if key not in _SPEED or (key, value) == ("precision", "bfloat16")
-        }
+        tree["train"] = {key: value for key, value in tree["train"].items() if key not in _SPEED}
         del tree["evaluate"], tree["capture"]
         tree["data"] = content_of(recipe)
         if not asks_teacher(recipe):

@@ -16,18 +16,18 @@ from limbeck.run import Run, differences, write_json
 from limbeck.study import Study, digest
 
 FILE = "study.json"
+WORK = "work.json"
+"""In the directory of weights, where results lie elsewhere: whose it is."""
 
 
 def claim(study: Study, path: Path, results: Path) -> None:
     """Take the directories for this study, and write down what it is. Another study's, and other things', are refused."""
-    for folder in dict.fromkeys((path, results)):
-        there = Run(folder).read_json(FILE, {})
+    for folder, file in dict.fromkeys(((results, FILE), (path, FILE if path == results else WORK))):
+        there = Run(folder).read_json(file, {})
         if there and there.get("name") != study.name:
             raise RunError(f"{folder}: holds study {there.get('name')!r}, found {study.name!r}; choose another directory")
-    if not (path / FILE).is_file() and path.exists() and path != results and any(path.iterdir()) and not (path / "arms").is_dir():
-        raise RunError(f"{path}: exists and is no study's directory; choose another path")
-    if not (results / FILE).is_file() and results.exists() and (not results.is_dir() or any(results.iterdir())):
-        raise RunError(f"{results}: exists and is no study's directory; choose another path")
+        if not there and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"{folder}: exists and is no study's directory; choose another path")
     there = Run(results).read_json(FILE, {})
     plan, declared = study.plan(), declaration(study)
     tree = {
@@ -44,6 +44,8 @@ def claim(study: Study, path: Path, results: Path) -> None:
         **_protocol(there, declared, any((results / FOLDER).glob("*-seed-*.json"))),
     }
     write_json(results / FILE, tree)
+    if path != results:
+        write_json(path / WORK, {"format": "limbeck-work", "name": study.name, "results": str(results)})
 
 
 def declaration(study: Study) -> dict[str, Any]:
