@@ -20,7 +20,7 @@ from limbeck.report import records
 from limbeck.report.collect import REFERENCES
 from limbeck.report.records import RunRecord, read_record
 from limbeck.run import Run
-from limbeck.study import Arm, Study, check_metric, digest
+from limbeck.study import Arm, Study, digest
 from limbeck.teachers import ModelTeacher
 
 _SPEED = (
@@ -88,13 +88,9 @@ class Ledger:
             return tune.of[tuned][0]
         if tune is None or not found:
             return None
-        best = max if tune.evaluate.higher_is_better[self._tuned_metric] else min
+        up = tune.evaluate.higher_is_better
+        best = max if up.get((tune.metric or next(iter(up))).partition("/")[0], True) else min
         return best(sorted(found), key=lambda rate: found[rate])  # of equals the lowest
-
-    @property
-    def _tuned_metric(self) -> str:
-        assert self.study.tune is not None
-        return check_metric(self.study.tune.evaluate, self.study.tune.metric, "tune.metric")
 
     def tried(self, arm: str) -> dict[float, float]:
         """The validation score of every rate of an arm; empty until all of them are there."""
@@ -104,8 +100,9 @@ class Ledger:
         found = {task.rate: self.recorded(task) for task in tasks}
         if not tasks or None in found.values():
             return {}
-        key = self.study.tune.evaluate.key  # type: ignore[union-attr]
-        values = {rate: record.evals[key]["metrics"][self._tuned_metric]["value"] for rate, record in found.items() if rate and record}
+        assert self.study.tune is not None
+        metrics = {rate: record.evals[self.study.tune.evaluate.key]["metrics"] for rate, record in found.items() if rate and record}
+        values = {rate: its[self.study.tune.metric or next(iter(its))]["value"] for rate, its in metrics.items()}
         self._tried[arm] = {rate: value for rate, value in values.items() if value is not None}
         return self._tried[arm]
 

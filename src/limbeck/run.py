@@ -4,7 +4,7 @@ recipe.json        the resolved recipe                      environment.json   v
 data.json          what was trained on: counts, hashes      metrics.jsonl      one object per optimizer step
 checkpoints/       see checkpoint.py                        evals/NAME.json    one benchmark result each
 student/           the trained model, for any HF tool       run.json           status, totals, timings
-adapters/          LoRA's, for PEFT; merged into student/
+adapters/          LoRA's, for PEFT; merged into student/   evals/NAME.partial.jsonl   items of one that is not finished
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Run:
         write_json(self.path / name, value)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
-        return list(_complete_lines(self.metrics_file))
+        """The rows of metrics.jsonl, as far as they are whole."""
+        return list(complete_lines(self.metrics_file))
 
     def evals(self) -> dict[str, dict[str, Any]]:
         """Benchmark results by benchmark name."""
@@ -143,7 +143,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _complete_lines(file: Path) -> Iterator[dict[str, Any]]:
+def complete_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines, as far as they are whole: a last line that a kill cut short is left out."""
     if not file.is_file():
         return
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():

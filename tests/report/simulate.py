@@ -6,11 +6,11 @@ import numpy as np
 
 from limbeck.report.crossed import Array
 
+ITEM_SD = 0.5
 
-def gaussian(
-    rng: np.random.Generator, count: int, seeds: int, items: int, seed_sd: float, item_sd: float = 0.5, effect: float = 0.0
-) -> Array:
-    """[count, seeds, items]: effect + seed + item + residual, the residual of standard deviation 1."""
+
+def gaussian(rng: np.random.Generator, count: int, seeds: int, items: int, seed_sd: float, effect: float = 0.0) -> Array:
+    """[count, seeds, items]: effect + seed + item + residual, of standard deviations `seed_sd`, 0.5 and 1."""
     return (
         effect
         + seed_sd * rng.standard_normal((count, seeds, 1))

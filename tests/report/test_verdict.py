@@ -195,7 +195,7 @@ def test_a_family_of_comparisons_errs_no_more_than_one():
 
 
 def test_holm_decides_over_the_study():
-    table = 0.3 * rng(13).standard_normal((5, 30)) - 0.04
+    table = 0.3 * rng(13).standard_normal((5, 30)) - 0.01
     alone = verdict(runs(table), runs(np.zeros_like(table)), 0.01)
     assert alone.outcome == "BEATS"
     others = {f"noise {i}": Comparison(runs(rng(14, i).standard_normal((5, 30))), runs(np.zeros((5, 30)))) for i in range(60)}
