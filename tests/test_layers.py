@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("3", ("teachers", "sources", "learner")),
     ("3", ("first_samples",)),
     ("4", ("evaluate", "optim", "checkpoint", "student", "trackers")),
-    ("5", ("recipe",)),
+    ("5", ("recipe", "suites")),
     ("6", ("calibration", "step")),
     ("6", ("trainer", "capture")),
     ("6", ("remeasure",)),

@@ -89,7 +89,7 @@ class Ledger:
         if tune is None or not found:
             return None
         up = tune.evaluate.higher_is_better
-        best = max if up.get((tune.metric or next(iter(up))).partition("/")[0], True) else min
+        best = max if up.get((tune.metric or next(iter(up), "")).partition("/")[0], True) else min
         return best(sorted(found), key=lambda rate: found[rate])  # of equals the lowest
 
     def tried(self, arm: str) -> dict[float, float]:

@@ -322,6 +322,8 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
 def check_metric(benchmark: Benchmark, metric: str, where: str) -> str:
     """The metric that is meant: as named, or the benchmark's first."""
     known = list(benchmark.higher_is_better)
+    if not known:  # the benchmark's metrics are told by what it runs
+        return metric
     if metric and metric.partition("/")[0] not in known:
         raise RecipeError(f"{where}: found {metric!r}, expected a metric of {benchmark.key!r}: {', '.join(known)}{nearest(metric, known)}")
     return metric or known[0]

@@ -5,6 +5,7 @@ from limbeck.evaluate.base import Benchmark, Item, Metric, Result, Subject
 from limbeck.evaluate.bits_per_byte import BitsPerByte
 from limbeck.evaluate.exact_match import ExactMatch
 from limbeck.evaluate.function_calling import FunctionCalling
+from limbeck.evaluate.harness import Harness
 from limbeck.evaluate.multiple_choice import MultipleChoice
 from limbeck.evaluate.runner import evaluate, evaluate_model
 
@@ -14,6 +15,7 @@ __all__ = [
     "BitsPerByte",
     "ExactMatch",
     "FunctionCalling",
+    "Harness",
     "Item",
     "Metric",
     "MultipleChoice",
