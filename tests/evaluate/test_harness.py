@@ -95,7 +95,7 @@ def test_a_task_of_ones_own(tasks, tokenizer):
 
 @needs_harness
 def test_what_is_not_there_is_refused_before_a_model_is_loaded(tasks):
-    with pytest.raises(RecipeError, match="found 'capitls', expected one of the harness's .*did you mean 'capitals'"):
+    with pytest.raises(RecipeError, match=r"found 'capitls', expected one of the harness's .*did you mean 'capitals'"):
         Harness(task="capitls", include_path=str(tasks)).check()
     with pytest.raises(RecipeError, match="include_path: found no folder"):
         Harness(task="capitals", include_path=str(tasks / "none")).check()
