@@ -73,11 +73,11 @@ class Run:
         return {file.stem: self.read_json(f"evals/{file.name}") for file in sorted((self.path / "evals").glob("*.json"))}
 
 
-def write_json(file: Path, value: Any) -> None:
+def write_json(file: Path, value: Any, indent: int | None = 2) -> None:
     """Write JSON so that a reader sees the old file or the whole new one, also after a crash."""
     try:
         with appearing(file) as temporary, open(temporary, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=2, ensure_ascii=False, allow_nan=False)
+            json.dump(value, stream, indent=indent, ensure_ascii=False, allow_nan=False)
             stream.write("\n")
     except OSError as error:
         raise RunError(f"{file}: could not be written ({error})") from error

@@ -83,7 +83,7 @@ def write_record(file: Path, record: RunRecord) -> None:
         "metrics": [_curve(row) for row in _thinned(record.metrics)],
         "evals": {name: _without_texts(result) for name, result in record.evals.items()},
     }
-    write_json(file, tree)
+    write_json(file, tree, indent=None)
 
 
 def read_record(file: Path) -> RunRecord:
