@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +18,7 @@ from limbeck.evaluate.base import Benchmark, Item, Metric, Subject, ratio
 from limbeck.evaluate.call_match import OMITTED, Expected, mismatch, right_arguments
 from limbeck.evaluate.calls import parse
 from limbeck.evaluate.cases import choose
+from limbeck.evaluate.prompt import answer_texts
 from limbeck.evaluate.tool_prompt import Asker, ToolStyle, asker
 from limbeck.log import progress
 from limbeck.tokens.datasets import DataSets, sets_of
@@ -123,39 +124,36 @@ class FunctionCalling(Benchmark):
             raise DataError(f"evaluate: {self.key!r}: found no rows, expected `messages`, `tools` and the right calls")
         return chosen
 
-    def run(self, subject: Subject) -> list[Item]:
-        from limbeck.generate import eos_ids_of, generate, refuse_longer
-        from limbeck.tokens.identity import vocabulary
+    def run(self, subject: Subject) -> Iterator[Item]:
+        from limbeck.generate import refuse_longer
 
-        cases, tokenizer = self.cases(), subject.tokenizer
-        ask = asker(tokenizer, self.prompt, f"evaluate: {self.key!r}")
+        everything = self.cases()
+        cases = [case for case in everything if case.id not in subject.done]
+        ask = asker(subject.tokenizer, self.prompt, f"evaluate: {self.key!r}")
         prompts = [ask.ids(case.messages, case.tools, case.where) for case in cases]
         for case, prompt in zip(cases, prompts, strict=True):
             refuse_longer(
                 subject.model, len(prompt) + self.max_new_tokens, f"{case.where}: a prompt with max_new_tokens {self.max_new_tokens}"
             )
-        eos_ids = eos_ids_of(subject.model, tokenizer)
-        settings = {"pad_id": tokenizer.pad_token_id or 0, "batch_size": self.batch_size, "vocabulary": len(vocabulary(tokenizer))}
-        with progress(f"evaluate {self.key}", len(prompts)) as bar:
-            answers = generate(subject.model, prompts, self.max_new_tokens, eos_ids, advance=bar.advance, **settings)
-        items = []
-        for case, ids in zip(cases, answers, strict=True):
-            ended = bool(ids) and ids[-1] in eos_ids
+        with progress(f"evaluate {self.key}", len(everything), len(everything) - len(cases)) as bar:
             # special tokens stay: several templates open calls with one
-            text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
-            items.append(grade(case, text, ended, ask))
-        return items
+            for answers in answer_texts(subject, prompts, self.max_new_tokens, self.batch_size, keep_special=True):
+                for index, (text, ended) in answers.items():
+                    yield grade(cases[index], text, ended, ask)
+                bar.advance(len(answers))
 
     def metrics(self, items: Sequence[Item]) -> dict[str, Metric]:
         """A model that calls nothing is right where nothing is expected: that is the chance of `accuracy`."""
         silent = sum("irrelevance" in item.counts for item in items) / len(items) if items else None
-        found = {"accuracy": ratio(items, "accuracy", True, silent)}
+        found = {"accuracy": ratio(items, "accuracy", True, silent, 1.0)}
         categories = sorted({name for item in items for name in item.counts if name.startswith("accuracy/")})
         if len(categories) > 1:
             for name in categories:
                 ours = [item for item in items if name in item.counts]
-                found[name] = ratio(items, name, True, sum("irrelevance" in item.counts for item in ours) / len(ours))
-        return found | {name: ratio(items, name, better) for name, better in self.higher_is_better.items() if name != "accuracy"}
+                found[name] = ratio(items, name, True, sum("irrelevance" in item.counts for item in ours) / len(ours), 1.0)
+        return found | {
+            name: ratio(items, name, better, ceiling=float(better)) for name, better in self.higher_is_better.items() if name != "accuracy"
+        }
 
 
 def grade(case: Case, text: str, ended: bool, ask: Asker) -> Item:
