@@ -79,6 +79,21 @@ class Evidence:
         plain = [arm for arm, recipe in self.recipes.items() if [term["type"] for term in terms(recipe)] == ["ce"]]
         return (plain or list(self.recipes))[0] if len(self.recipes) > 1 else None
 
+    @property
+    def apart(self) -> dict[str, list[str]]:
+        """Arms whose budget differs from the baseline's by declaration, with the keys that say so; none where nothing is declared."""
+        if not self.judged.get("primary") or self.baseline is None:
+            return {}
+        base = self.recipes[self.baseline]
+        found = {}
+        for arm, recipe in self.recipes.items():
+            keys = ["student.arm"] if self.about.get(arm, {}).get("parent") else []
+            keys += [f"train.{key}" for key in ("steps", "epochs", "batch_size") if _at(recipe, "train", key) != _at(base, "train", key)]
+            keys += [part for part in ("student", "source") if recipe.get(part) != base.get(part) and not (keys and part == "student")]
+            if keys:
+                found[arm] = keys
+        return found
+
     def is_text(self, benchmark: str) -> bool:
         """Whether a benchmark measures likeness on held-out text, which is near what arms optimise, and no task."""
         types = {b.get("name") or b["type"]: b["type"] for recipe in self.recipes.values() for b in recipe.get("evaluate", [])}
@@ -110,6 +125,10 @@ class Evidence:
         for entry in self.benchmarks():
             first.setdefault(entry[0], entry)
         return list(first.values())
+
+
+def _at(recipe: dict[str, Any], section: str, key: str) -> Any:
+    return (recipe.get(section) or {}).get(key)
 
 
 def collect(path: Path) -> Evidence:

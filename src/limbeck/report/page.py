@@ -103,7 +103,7 @@ def make_page(evidence: Evidence) -> Page:
         Section("Cost", tables=[tables.costs(evidence)] if evidence.finished else []),
         Section(
             "Equal budgets" if evidence.is_study else "What it was trained on",
-            [budget_sentence] if budget_sentence else [],
+            [sentence for sentence in (budget_sentence, words.apart_sentence(evidence)) if sentence],
             [tables.equal_budgets(evidence, budgets)] if budgets else [],
         ),
         _recipes(evidence),

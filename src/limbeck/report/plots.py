@@ -98,17 +98,16 @@ def verdict_plot(evidence: Evidence, judged: Judgement) -> Plot:
     for its, role in ((judged.again, "again"), (judged.planted, "planted")):
         if its is not None:
             rows.append((f"{evidence.of_role(role)} − {evidence.baseline}", its, MUTED))
-    with new_figure(0.6 + 0.26 * len(rows)) as (figure, axes):
+    with new_figure(0.6 + 0.34 * len(rows)) as (figure, axes):
         axes.axvspan(-judged.margin, judged.margin, color=GRID, linewidth=0)
         axes.axvline(0, color=MUTED, linewidth=0.9)
         for row, (_, its, colour) in enumerate(reversed(rows)):
             low, high = its.interval or (its.value, its.value)
             axes.plot([low, high], [row, row], color=colour, linewidth=1.6)
             axes.plot([its.value], [row], "o", color=colour, markersize=5)
-            axes.annotate(its.outcome, (high, row), xytext=(4, 0), textcoords="offset points", color=INK, fontsize=7, va="center")
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.set_yticks(range(len(rows)), [label for label, _, _ in reversed(rows)])
-        axes.margins(x=0.22)
+        axes.set_yticks(range(len(rows)), [f"{label}\n{its.outcome}" for label, its, _ in reversed(rows)], fontsize=7)
+        axes.margins(x=0.05)
         axes.locator_params(axis="x", nbins=4)
         title = f"{judged.benchmark.replace('_', ' ')}: {judged.metric.replace('_', ' ')}, difference"
         return to_plot(
@@ -128,9 +127,14 @@ def cost_plot(evidence: Evidence, judged: Judgement) -> Plot | None:
         return None
     colours = arm_colours(evidence)
     with new_figure(2.2) as (figure, axes):
-        for arm, flops, value, sd in points:
+        spread_out = max(value for _, _, value, _ in points) - min(value for _, _, value, _ in points)
+        written: dict[float, float] = {}
+        for arm, flops, value, sd in sorted(points, key=lambda point: point[2]):
             axes.errorbar(flops, value, yerr=sd, fmt="o", color=colours[arm], markersize=5, elinewidth=1.2)
-            axes.annotate(arm, (flops, value), xytext=(5, 3), textcoords="offset points", color=INK, fontsize=7)
+            # arms of equal cost stand above each other: their names must not
+            place = max(value, written.get(round(flops, 1), -float("inf")) + spread_out / 14)
+            written[round(flops, 1)] = place
+            axes.annotate(arm, (flops, place), xytext=(5, -2), textcoords="offset points", color=colours[arm], fontsize=6.5)
         axes.set_xlabel("TFLOPs of student and teacher")
         axes.margins(x=0.25, y=0.15)
         axes.grid(color=GRID, linewidth=0.8)

@@ -183,10 +183,10 @@ def _over_runs(runs: Sequence[RunRecord], key: str) -> float | None:
 
 
 def budgets(evidence: Evidence) -> list[Budget]:
-    """What must be equal over the finished arms, seed by seed."""
-    found = []
+    """What must be equal over the finished arms, seed by seed; arms that differ by declaration are not asked."""
+    found, apart = [], evidence.apart
     for seed in evidence.seeds:
-        runs = {arm: run for arm, runs in evidence.finished.items() for run in runs if run.seed == seed}
+        runs = {arm: run for arm, runs in evidence.finished.items() for run in runs if run.seed == seed and arm not in apart}
         found += [Budget(seed, field, {arm: _budget(run, field) for arm, run in runs.items()}) for field in BUDGETS if runs]
     return found
 

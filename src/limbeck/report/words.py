@@ -123,7 +123,8 @@ def caution(evidence: Evidence) -> str:
     """Which arm is measured on what it was trained for."""
     trained = {kind: [arm for arm, recipe in evidence.recipes.items() if kind in [t["type"] for t in terms(recipe)]] for kind in OPTIMISED}
     parts = [f"{listing(arms)} {'trains' if len(arms) == 1 else 'train'} for {OPTIMISED[kind]}" for kind, arms in trained.items() if arms]
-    if not evidence.is_study or len(parts) < 2:
+    has_text = any(evidence.is_text(benchmark) for benchmark, _, _ in evidence.benchmarks())
+    if not evidence.is_study or len(parts) < 2 or not has_text:
         return ""
     return f"Read agreement and likelihood with care: {'; '.join(parts)}. Neither can say which student is the better one."
 
@@ -156,6 +157,14 @@ def budget_sentence(found: Sequence[Budget]) -> str:
         return f"Budgets are equal: all arms had the same {listing(list(BUDGETS.values()))} {scope}."
     where = [f"{BUDGETS[budget.field]}" + (f" (seed {budget.seed})" if seeds > 1 else "") + f": {_odd_ones(budget)}" for budget in unequal]
     return f"Budgets are NOT equal. {'; '.join(where)}. A difference between such arms may come from that alone."
+
+
+def apart_sentence(evidence: Evidence) -> str:
+    """The arms that have another budget because the study says so."""
+    if not evidence.apart:
+        return ""
+    arms = listing([f"{arm} ({', '.join(keys)})" for arm, keys in evidence.apart.items()])
+    return f"By declaration these have another budget, which the table of costs shows: {arms}."
 
 
 def _odd_ones(budget: Budget) -> str:
