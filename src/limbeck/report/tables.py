@@ -333,11 +333,11 @@ def print_results(model: str, evals: dict[str, dict[str, Any]]) -> None:
             [
                 _score_cell(found, [found]),
                 Cell(f"{value['num_items']}"),
-                Cell("–" if value.get("chance") is None else f"{value['chance']:.3g}"),
+                *(Cell("–" if value.get(key) is None else f"{value[key]:.3g}") for key in ("chance", "ceiling")),
             ],
         )
         for name, result in evals.items()
         for metric, value in result["metrics"].items()
         if (found := score([evals], name, metric))
     ]
-    print_table(Table("metric", [Column("value"), Column("items"), Column("chance")], rows), model)
+    print_table(Table("metric", [Column("value"), Column("items"), Column("chance"), Column("ceiling")], rows), model)
