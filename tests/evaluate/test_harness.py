@@ -50,8 +50,17 @@ def test_lists_of_answers_count_each_and_directions_are_the_tasks():
 
 
 def test_a_metric_of_the_whole_corpus_is_none_of_documents():
-    with pytest.raises(DataError, match="no metric of single documents that is a number: bleu"):
+    with pytest.raises(DataError, match="no metric that is a mean over documents: bleu"):
         _items("t", [sample(bleu=("a", "b"))], {}, {})
+
+
+def test_what_is_computed_of_all_documents_is_left_out():
+    """A mean of log-likelihoods under the name of perplexity would be a wrong number."""
+    config = {"metric_list": [{"metric": "perplexity", "aggregation": "perplexity"}, {"metric": "acc", "aggregation": "mean"}]}
+    (item,) = _items("t", [sample(perplexity=-16.0, acc=1.0)], {}, config)
+    assert set(item.sums) == {"acc"}
+    with pytest.raises(DataError, match="mean over documents: f1"):
+        _items("t", [sample(f1=1.0)], {}, {})
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")

@@ -21,6 +21,9 @@ from limbeck.errors import DataError, RecipeError, nearest
 from limbeck.evaluate.base import Benchmark, Item, Metric, Subject, ratio
 from limbeck.log import say
 
+COMPUTED_OF_ALL = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "f1", "mcc", "bleu", "chrf", "ter"}
+"""Metrics of the harness that are no means over documents unless a task says so."""
+
 
 class Harness(Benchmark):
     """A task, group or tag of lm-evaluation-harness. Its metrics are the harness's, averaged over all documents of a group alike; one that
@@ -109,10 +112,14 @@ def _items(task: str, samples: Sequence[dict[str, Any]], up: dict[str, Any], con
     for sample in samples:
         name = f"{task}/{sample['doc_id']}/{sample['doc_hash'][:12]}/{sample['prompt_hash'][:12]}"
         suffix = "" if len(filters) == 1 else f"/{sample['filter']}"
-        pairs = {metric + suffix: pair for metric in sample["metrics"] if (pair := _pair(sample.get(metric))) is not None}
+        pairs = {
+            metric + suffix: pair
+            for metric in sample["metrics"]
+            if (pair := _pair(sample.get(metric))) is not None and (isinstance(sample[metric], list) or _is_mean(metric, config))
+        }
         if not pairs:
             raise DataError(
-                f"evaluate: task {task!r} has no metric of single documents that is a number: {', '.join(sample['metrics']) or 'none'}"
+                f"evaluate: task {task!r} has no metric that is a mean over documents: {', '.join(sample['metrics']) or 'none'}"
             )
         directions = {metric + suffix: up.get(metric, True) for metric in sample["metrics"]}
         choices = len(sample["arguments"]) if config.get("output_type") == "multiple_choice" else None
@@ -124,6 +131,13 @@ def _items(task: str, samples: Sequence[dict[str, Any]], up: dict[str, Any], con
             before.detail | {"higher_is_better": before.detail["higher_is_better"] | directions},
         )
     return list(found.values())
+
+
+def _is_mean(metric: str, config: dict[str, Any]) -> bool:
+    """Whether the task averages this metric over documents: what it computes of all at once (perplexity, F1) is no mean, and left out."""
+    told = {entry.get("metric"): entry.get("aggregation") for entry in config.get("metric_list") or ()}
+    aggregation = told.get(metric)
+    return aggregation == "mean" or (aggregation is None and metric not in COMPUTED_OF_ALL)
 
 
 def _pair(value: Any) -> tuple[float, float] | None:
