@@ -44,8 +44,9 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     from limbeck.distributed import World
     from limbeck.models import load_tokenizer
     from limbeck.recipe import parse_recipe
+    from limbeck.step import optimizer_step
     from limbeck.student import build
-    from limbeck.trainer import assemble, optimizer_step
+    from limbeck.trainer import assemble
 
     torch.set_num_threads(options.threads)
     recipe = parse_recipe(

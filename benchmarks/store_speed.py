@@ -152,8 +152,9 @@ def assembled(options: argparse.Namespace, way: str) -> tuple[Any, Any, Any]:
     from limbeck.distributed import World
     from limbeck.models import load_tokenizer
     from limbeck.sources.base import microbatches
+    from limbeck.step import optimizer_step
     from limbeck.student import build
-    from limbeck.trainer import assemble, optimizer_step
+    from limbeck.trainer import assemble
 
     recipe = recipe_of(options, way)
     student, spec = recipe.for_training()

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("3", ("first_samples",)),
     ("4", ("evaluate", "optim", "checkpoint", "student", "trackers")),
     ("5", ("recipe",)),
-    ("6", ("calibration",)),
+    ("6", ("calibration", "step")),
     ("6", ("trainer", "capture")),
     ("6", ("remeasure",)),
     ("7", ("report",)),

@@ -53,12 +53,18 @@ class Learner(nn.Module):
             term.fit(self.projections[key], self.pairs[key], calibration)  # type: ignore[arg-type]
 
     def forward(
-        self, batch: Batch, signal: Signal, scales: Mapping[str, float], per_term: bool = False
+        self,
+        batch: Batch,
+        signal: Signal,
+        scales: Mapping[str, float],
+        terms: Mapping[str, Term] | None = None,
+        per_term: bool = False,
     ) -> tuple[Tensor | dict[str, Tensor], dict[str, Tensor]]:
         """The loss, which carries the gradient, and detached unscaled sums per term (and `teacher_nll` where the signal tells it).
 
         `scales[key]` is weight / count of that term over the whole optimizer step (times the world size under an averaging
-        wrapper). `per_term` returns one loss per term instead of their sum, for measuring how their gradients balance.
+        wrapper). `terms` are the learner's as they are at this step, where schedules change them. `per_term` returns one loss per term
+        instead of their sum, for measuring how their gradients balance.
         """
         wanted = sorted({student for pairs in self.pairs.values() for student, _ in pairs})
         last, states = forward(self.student, batch.input_ids, batch.position_ids, wanted)
@@ -66,7 +72,8 @@ class Learner(nn.Module):
         states = {layer: state.flatten(0, 1)[batch.represented] for layer, state in states.items()}
         losses: dict[str, Tensor] = {}
         sums: dict[str, Tensor] = {}
-        groups = [{key: term} for key, term in self.output_terms.items()] if per_term else [self.output_terms]
+        output_terms = {key: term for key, term in (terms or self.output_terms).items() if isinstance(term, OutputTerm)}
+        groups = [{key: term} for key, term in output_terms.items()] if per_term else [output_terms]
         for group in groups:
             if not group:
                 continue

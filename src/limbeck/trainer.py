@@ -1,8 +1,5 @@
-"""The trainer: one loop for all methods. It knows samples, counts, scales and steps; it knows no loss and no kind of teacher.
-
-Count, then scale, then sum: all microbatches of an optimizer step are made first and their tokens counted over all processes, so that
-every term's scale is known before the first forward, and the result depends neither on accumulation, nor on ranks, nor on
-padding or packing.
+"""The trainer: one loop for all methods, and what it leaves on disk. It knows samples, steps and checkpoints; it knows no loss and no kind
+of teacher. What happens within a step is in `step.py`.
 """
 
 from __future__ import annotations
@@ -12,15 +9,12 @@ import json
 import math
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from limbeck import adapters, checkpoint, distributed, optim, trackers
 from limbeck.batch import Batch, Signal
@@ -34,9 +28,10 @@ from limbeck.log import peak_memory_mb, progress, reset_peak_memory, say
 from limbeck.models import blocks, check_size, load_tokenizer, recompute_activations, save_model, verify_packing, weights_hash
 from limbeck.objectives.base import HiddenTerm, Needs, Term, gates, needs_of
 from limbeck.objectives.head import num_chunks
-from limbeck.recipe import Recipe, Train, parse_recipe, require_files
+from limbeck.recipe import Recipe, parse_recipe, require_files
 from limbeck.run import Run, differences, environment
 from limbeck.sources.base import OpenSource, microbatches
+from limbeck.step import StepResult, optimizer_step
 from limbeck.student import build as build_student
 from limbeck.teachers import Scorer
 from limbeck.tokens.identity import template_hash, vocabulary, vocabulary_hash
@@ -120,61 +115,6 @@ def assemble(
     return learner, scorer, layer_maps
 
 
-@dataclass
-class StepResult:
-    """What an optimizer step did: values over all processes."""
-
-    loss: float
-    sums: dict[str, float]
-    counts: dict[str, float]
-    grad_norm: float
-    teacher_seconds: float
-
-
-def optimizer_step(
-    wrapped: nn.Module,
-    terms: Mapping[str, Term],
-    batches: Sequence[Batch],
-    score: Callable[[Batch], Signal],
-    optimizer: torch.optim.Optimizer,
-    spec: Train,
-    world: World,
-) -> StepResult:
-    """One update from this rank's microbatches. Raises RunError, with the weights untouched, where the gradient is not finite."""
-    totals: Counter[str] = Counter({"scored": 0, "represented": 0})
-    for batch in batches:
-        totals.update(batch.counts)
-    counts = distributed.sum_over_ranks(totals, world)
-    # DDP averages gradients over ranks; the factor makes it a sum
-    scales = {key: term.weight / max(counts[term.count], 1) * world.size for key, term in terms.items()}
-    running = {key: torch.zeros((), device=world.device) for key in (*terms, *gates(terms), "teacher_nll")}
-    teacher_seconds = 0.0
-    optimizer.zero_grad(set_to_none=True)
-    for i, batch in enumerate(batches):
-        batch = batch.to(world.device)
-        start = time.perf_counter()
-        signal = score(batch)
-        teacher_seconds += time.perf_counter() - start
-        autocast = torch.autocast(torch.device(world.device).type, torch.bfloat16, enabled=spec.precision == "bfloat16")
-        with distributed.without_sync(wrapped, i == len(batches) - 1):
-            with autocast:
-                loss, batch_sums = wrapped(batch, signal, scales)
-            loss.backward()
-        for key, value in batch_sums.items():
-            running[key] += value
-    # read once per step: a read per microbatch would make an accelerator wait for each
-    sums = distributed.sum_over_ranks(dict(zip(running, torch.stack(list(running.values())).tolist(), strict=True)), world)
-    trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    grad_norm = float(nn.utils.clip_grad_norm_(trainable, spec.optimizer.max_grad_norm or math.inf))
-    total = sum(term.weight * sums[key] / max(counts[term.count], 1) for key, term in terms.items())
-    if not math.isfinite(grad_norm) or not math.isfinite(total):
-        raise RunError(
-            f"loss {total}, gradient norm {grad_norm}: not finite, so the weights were not touched; a lower learning rate is the usual cure"
-        )
-    optimizer.step()
-    return StepResult(total, sums, counts, grad_norm, teacher_seconds)
-
-
 def _loop(
     run: Run, recipe: Recipe, learner: Learner, source: OpenSource, scorer: Scorer | None, num_steps: int, pad_id: int, world: World
 ) -> None:
@@ -209,16 +149,18 @@ def _loop(
             rate = spec.optimizer.rate(step, num_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
+            now = {key: term.at(step, num_steps) for key, term in terms.items()}
             batches, upcoming = upcoming, batches_at(step + 1) if step + 1 < num_steps else []
             expect(upcoming)
             try:
-                result = optimizer_step(wrapped, terms, batches, score, optimizer, spec, world)
+                result = optimizer_step(wrapped, now, batches, score, optimizer, spec, world)
             except RunError as error:
                 raise RunError(f"{run.path}, step {step + 1}: {error}") from None
             seconds = time.perf_counter() - start
             tokens, spent = tokens + int(result.counts["represented"]), spent + seconds
             if world.is_main:
-                report(_log(run, step + 1, result, terms, rate, tokens, seconds, spent))
+                scheduled = {f"{name}/{key}": getattr(now[key], name) for key, term in terms.items() for name in term.schedules}
+                report(_log(run, step + 1, result, terms, scheduled, rate, tokens, seconds, spent))
                 if spec.checkpoint_every and (step + 1) % spec.checkpoint_every == 0 and step + 1 < num_steps:
                     checkpoint.save(
                         run.checkpoints, step + 1, learner, optimizer, {"tokens": tokens, "seconds": spent}, spec.keep_checkpoints
@@ -229,14 +171,23 @@ def _loop(
 
 
 def _log(
-    run: Run, step: int, result: StepResult, terms: Mapping[str, Term], rate: float, tokens: int, seconds: float, spent: float
+    run: Run,
+    step: int,
+    result: StepResult,
+    terms: Mapping[str, Term],
+    scheduled: Mapping[str, float],
+    rate: float,
+    tokens: int,
+    seconds: float,
+    spent: float,
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl: means per token of what was optimised, over all processes."""
+    """One line of metrics.jsonl: means per token of what was optimised, over all processes, and what schedules made of it."""
     row: dict[str, Any] = {"step": step, "loss": result.loss}
     row.update({f"loss/{key}": result.sums[key] / max(result.counts[term.count], 1) for key, term in terms.items()})
     row.update({key: result.sums[key] / max(result.counts["scored"], 1) for key in gates(terms)})
     if result.sums["teacher_nll"]:
         row["teacher_nll"] = result.sums["teacher_nll"] / max(result.counts["scored"], 1)
+    row.update(scheduled)
     row.update(
         learning_rate=rate,
         grad_norm=result.grad_norm,

@@ -8,6 +8,7 @@ from limbeck.objectives.logits import Logits
 from limbeck.objectives.mse_logits import MSELogits
 from limbeck.objectives.published import HiddenAsPublished
 from limbeck.objectives.ranking import Ranking
+from limbeck.objectives.schedule import Schedule
 
 __all__ = [
     "CrossEntropy",
@@ -20,5 +21,6 @@ __all__ = [
     "Needs",
     "OutputTerm",
     "Ranking",
+    "Schedule",
     "Term",
 ]

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from limbeck.errors import RecipeError
+from limbeck.objectives.schedule import Schedule, scheduled
 from limbeck.spec import Family
 
 if TYPE_CHECKING:
@@ -59,8 +58,9 @@ class Term(Family):
     """Base of the family of terms."""
 
     type: str
-    weight: float = Field(1.0, ge=0)
-    """Factor of this term in the loss, per token. A term of weight 0 is dropped before anything runs."""
+    weight: scheduled(ge=0) = 1.0  # type: ignore[valid-type]
+    """Factor of this term in the loss, per token: a number, or one that changes over the run, `{type: linear, start: 1.0, end: 0.2}`. A
+    term of weight 0 is dropped before anything runs."""
 
     count: ClassVar[Count]
     """Which tokens the term averages over."""
@@ -68,6 +68,16 @@ class Term(Family):
     def needs(self, student_layers: int, teacher_layers: int) -> Needs:
         """What this term asks of a teacher with that many blocks."""
         return Needs()
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """What changes over the run, by field."""
+        return {name: value for name in type(self).model_fields if isinstance(value := getattr(self, name), Schedule)}
+
+    def at(self, step: int, num_steps: int) -> Self:
+        """This term as it is at a step, counted from 0: with numbers in the place of schedules."""
+        numbers = {name: schedule.at(step, num_steps) for name, schedule in self.schedules.items()}
+        return self.model_copy(update=numbers) if numbers else self
 
 
 class OutputTerm(Term):
@@ -148,11 +158,11 @@ class HiddenTerm(Term):
 
 
 def active(objective: Sequence[Term]) -> dict[str, Term]:
-    """Terms of positive weight by the key under which they are scaled and logged: the `type`, numbered where it repeats."""
+    """Terms that ever have a weight by the key under which they are scaled and logged: the `type`, numbered where it repeats."""
     terms: dict[str, Term] = {}
     for term in objective:
         same = sum(other.type == term.type for other in terms.values())
-        if term.weight > 0:
+        if term.weight != 0:
             terms[term.type if not same else f"{term.type}_{same + 1}"] = term
     return terms
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from limbeck.objectives.base import Needs, OutputTerm
 from limbeck.objectives.divergences import Divergence, ForwardKL
+from limbeck.objectives.schedule import scheduled
 from limbeck.spec import member_of
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ class Logits(OutputTerm):
     divergence: member_of(Divergence, by_name=True) = ForwardKL()  # type: ignore[valid-type]
     """How the distributions are compared: a name, `reverse_kl`, or a mapping with its parameters, `{type: jsd, beta: 0.1}`. `forward_kl`,
     KL(teacher || student), covers all that the teacher says; `reverse_kl`, KL(student || teacher), seeks modes."""
-    temperature: float = Field(1.0, gt=0)
-    """Softens both distributions. 1 is the right default for language models; above it the tail of the vocabulary counts for more."""
+    temperature: scheduled(ge=0.01, le=100) = 1.0  # type: ignore[valid-type]
+    """Softens both distributions. 1 is the right default for language models; above it the tail of the vocabulary counts for more. A
+    number, or a schedule, `{type: cosine, start: 4.0, end: 1.0}`; a capture with a list of temperatures serves numbers only."""
 
     trust_threshold: float | None = Field(None, gt=0, lt=1)
     """Leave out tokens of the data to which the teacher gives less than this probability: there it contradicts the data, and other terms
@@ -43,8 +45,13 @@ class Logits(OutputTerm):
             return f"{self.divergence.type} is defined on {known}, and the teacher gives {support}"
         if support == "sampled" and self.temperature != 1.0:
             return f"found temperature {self.temperature:g}, expected 1, at which tokens were drawn; set 1, or capture with another codec"
+        if temperatures is not None and self.schedules.keys() & {"temperature"}:
+            return (
+                f"found temperature {self.temperature:g}, expected one number of {_listed(temperatures)}, for which the capture stored its "
+                "tail; set one of those, or take a live teacher or a capture with the codec exact or quantized"
+            )
         if temperatures is not None and self.temperature not in temperatures:
-            there = ", ".join(f"{known:g}" for known in sorted(temperatures))
+            there = _listed(temperatures)
             return (
                 f"found temperature {self.temperature:g}, expected one for which the capture stored its tail: {there}; set one of those, "
                 f"or capture again with {self.temperature:g} in capture.codec.temperatures"
@@ -86,3 +93,7 @@ class Logits(OutputTerm):
         from limbeck.objectives.support import Bins
 
         return Bins(self.taught_by(teacher), student, self.temperature)
+
+
+def _listed(temperatures: Collection[float]) -> str:
+    return ", ".join(f"{known:g}" for known in sorted(temperatures))

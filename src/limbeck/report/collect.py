@@ -170,7 +170,7 @@ def _evals(run: Run) -> dict[str, dict[str, Any]]:
 
 def terms(recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """The terms of a stored recipe that have a weight."""
-    return [term for term in recipe.get("objective", []) if term.get("weight", 1.0) > 0]
+    return [term for term in recipe.get("objective", []) if term.get("weight", 1.0) != 0]
 
 
 def objective_text(recipe: dict[str, Any]) -> str:
@@ -181,10 +181,15 @@ def objective_text(recipe: dict[str, Any]) -> str:
         if term.get("trust_threshold"):
             details.append(f"trusted from {term['trust_threshold']:g}")
         if term.get("temperature", 1.0) != 1.0:
-            details.append(f"T {term['temperature']:g}")
-        weight = "" if term.get("weight", 1.0) == 1.0 else f"{term['weight']:g} "
+            details.append(f"T {_amount(term['temperature'])}")
+        weight = "" if term.get("weight", 1.0) == 1.0 else f"{_amount(term['weight'])} "
         parts.append(f"{weight}{term['type']}" + (f" ({', '.join(details)})" if details else ""))
     return " + ".join(parts) or "none"
+
+
+def _amount(value: Any) -> str:
+    """A number, or the ends of a schedule: `1 to 0.2`."""
+    return f"{value['start']:g} to {value['end']:g}" if isinstance(value, dict) else f"{value:g}"
 
 
 def named(value: Any) -> str:
