@@ -159,7 +159,9 @@ def test_a_capture_of_few_temperatures_serves_no_others_on_the_way(base: dict[st
     codec = {"type": "topk", "k": 8, "temperatures": [1.0, 2.0]}
     limbeck.capture({**base, "capture": {"path": str(tmp_path / "store"), "codec": codec}})
     changed = {**base, "teacher": {"type": "store", "path": str(tmp_path / "store")}}
-    with pytest.raises(RecipeError, match="found temperature linear from 3 to 1, expected one for which the capture stored its tail: 1 or 2"):
+    with pytest.raises(
+        RecipeError, match="found temperature linear from 3 to 1, expected one for which the capture stored its tail: 1 or 2"
+    ):
         limbeck.parse_recipe(changed)
     limbeck.train(changed, tmp_path / "run", ["objective.1.temperature=2", "train.steps=2"])
 
