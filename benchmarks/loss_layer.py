@@ -3,7 +3,8 @@
 Two effects are kept apart: row selection (unscored rows never reach the head) and fusion (no logits kept for backward). So every
 contestant that is not Limbeck runs as it is, on all rows, and again given the scored rows only. Each runs in a process of its own, whose
 peak memory above its inputs is read from the system, without the head's own gradient, which all of them need. Its gradient is compared
-with the reference on a small problem before it is timed. Processes take turns, so that a noisy machine is noisy for all.
+with the reference on a small problem before it is timed. Processes take turns, so that a noisy machine is noisy for all, and each gives
+its median of several calls; a ratio is the median of the ratios within a round.
 
 The floor is the matmuls alone at the fastest of several chunk sizes: student's logits, two gradients and, for a dense teacher, its logits.
 
@@ -42,7 +43,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=151_936, choices=WIDTHS)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--share", type=float, default=0.5, help="share of the tokens that is scored")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="processes per contestant")
+    parser.add_argument("--calls", type=int, default=3, help="timed calls per process")
     parser.add_argument("--head-memory-mb", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", choices=CONTESTANTS, help="run these only")
@@ -72,7 +74,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             command = [sys.executable, __file__, "--contestant", name]
             command += [
                 f"--{key.replace('_', '-')}={getattr(options, key)}"
-                for key in ("vocabulary", "tokens", "share", "head_memory_mb", "threads")
+                for key in ("vocabulary", "tokens", "share", "calls", "head_memory_mb", "threads")
             ]
             runs[name].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout))
         print(f"round {turn + 1} of {options.rounds}", file=sys.stderr)
@@ -86,18 +88,22 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         }
         for name, its in runs.items()
     }
-    settings = {key: getattr(options, key) for key in ("vocabulary", "tokens", "share", "rounds", "head_memory_mb", "threads")}
-    return {"settings": settings, "contestants": rows, "ratios": ratios(rows)}
+    settings = {key: getattr(options, key) for key in ("vocabulary", "tokens", "share", "rounds", "calls", "head_memory_mb", "threads")}
+    return {"settings": settings, "contestants": rows, "ratios": ratios(runs)}
 
 
-def ratios(rows: dict[str, dict[str, float]]) -> dict[str, float]:
+def ratios(runs: dict[str, list[dict[str, float]]]) -> dict[str, float]:
+    """Medians over rounds. The floor is the chunk size that is fastest over all rounds, not in each: that would be luck."""
+
     def over(above: str, below: str, what: str = "seconds") -> float | None:
-        return rows[above][what] / rows[below][what] if above in rows and below in rows else None
+        if above not in runs or below not in runs:
+            return None
+        return statistics.median(mine[what] / theirs[what] for mine, theirs in zip(runs[above], runs[below], strict=True))
 
-    floors = {
-        kind: min((name for name in rows if name.startswith(f"matmuls_{kind}")), key=lambda name: rows[name]["seconds"], default="")
-        for kind in ("dense", "sft")
-    }
+    def middle(name: str) -> float:
+        return statistics.median(run["seconds"] for run in runs[name])
+
+    floors = {kind: min((name for name in runs if name.startswith(f"matmuls_{kind}")), key=middle, default="") for kind in ("dense", "sft")}
     found = {
         "dense_over_floor": over("limbeck_dense", floors["dense"]),
         "dense_over_plain_scored": over("limbeck_dense", "plain_scored"),
@@ -110,7 +116,7 @@ def ratios(rows: dict[str, dict[str, float]]) -> dict[str, float]:
     }
     result = {key: value for key, value in found.items() if value is not None}
     for key, rows_given in (("peers_over_ours", "all"), ("peers_scored_over_ours", "scored")):
-        result[key] = {peer: over(f"{peer}_{rows_given}", "limbeck_dense") for peer in PEERS if f"{peer}_{rows_given}" in rows}  # type: ignore[assignment]
+        result[key] = {peer: over(f"{peer}_{rows_given}", "limbeck_dense") for peer in PEERS if f"{peer}_{rows_given}" in runs}  # type: ignore[assignment]
     return result
 
 
@@ -144,9 +150,13 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     before = peak_memory_mb()
     run({**problem, "weight": problem["weight"].detach()})  # a frozen head: memory without its gradient; and first calls are slow
     megabytes = peak_memory_mb() - before
-    start = time.perf_counter()
-    run(problem)
-    return {"seconds": time.perf_counter() - start, "megabytes": megabytes, "gradient_error": error}
+    seconds = []
+    for _ in range(options.calls):
+        problem["hidden"].grad = problem["weight"].grad = None
+        start = time.perf_counter()
+        run(problem)
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds), "megabytes": megabytes, "gradient_error": error}
 
 
 def make_problem(vocabulary: int, width: int, teacher_width: int, tokens: int, share: float, with_top: bool = True) -> dict[str, Any]:

@@ -384,6 +384,22 @@ def test_no_tool_is_on_both_sides_of_the_function_calling_split(tmp_path: Path) 
     assert call["function"]["arguments"] == {"a": 1, "c": {"d": [4]}}  # "" in b says that it may be left out
 
 
+def test_single_turn_rows_are_prompts_of_all_categories(tmp_path: Path) -> None:
+    curated = ["simple_python", "multiple", "parallel", "parallel_multiple"]
+    live = ["live_simple", "live_multiple", "live_parallel", "live_parallel_multiple"]
+    with ZipFile(tmp_path / "w.whl", "w") as wheel:
+        for name in (categories := [*curated, *live, "irrelevance", "live_irrelevance"]):
+            row = {"id": f"{name}_0", "question": [[{"role": "user", "content": "?"}]], "function": [{"name": "f", "parameters": {}}]}
+            wheel.writestr(f"bfcl_eval/data/BFCL_v4_{name}.json", json.dumps(row))
+            if "irrelevance" not in name:
+                answer = json.dumps({"id": f"{name}_0", "ground_truth": [{"f": {"a": [1]}}]})
+                wheel.writestr(f"bfcl_eval/data/possible_answer/BFCL_v4_{name}.json", answer)
+    with ZipFile(tmp_path / "w.whl") as wheel:
+        found = list(rows.single_turn(wheel))
+    assert [row["category"] for row in found] == categories
+    assert [len(row["possible_answer"]) for row in found] == [1] * 8 + [0] * 2
+
+
 def test_the_shipped_demo_data_is_split_by_prompt() -> None:
     train, heldout = ([json.loads(line) for line in resolve_data(f"limbeck/demo-{part}").open()] for part in ("train", "heldout"))
     assert (len(train), len(heldout)) == (256, 48)

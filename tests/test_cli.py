@@ -120,7 +120,7 @@ BAD_RECIPES = {
     ),
     "negative temperature": (
         ["recipe.yaml", "objective.0={type: logits, temperature: -1}"],
-        "recipe.yaml: objective.0.temperature: found -1, expected a number greater than 0",
+        "recipe.yaml: objective.0.temperature: found -1, expected a number greater than or equal to 0.01",
     ),
     "weight 0 everywhere": (
         ["recipe.yaml", "objective.0.weight=0"],
@@ -222,7 +222,7 @@ def test_the_error_is_the_same_in_a_process_of_its_own():
         (["trian", "recipe.yaml"], "No such command 'trian'. Did you mean 'train'?"),
         (["demo", "--seeds", "0"], "Invalid value for '--seeds'"),
         (["demo", "--seeds", "many"], "Invalid value for '--seeds'"),
-        (["eval", "x"], "Missing option '--recipe'"),
+        (["eval", "x"], "eval: found neither of --recipe and --suite"),
         (["assets", "fetch"], "Missing argument 'NAME...'"),
     ],
 )

@@ -190,7 +190,13 @@ def test_files_are_short(tmp_path: Path) -> None:
     assert not too_long(SOURCES), "\n".join(too_long(SOURCES))
 
 
-DISTRIBUTIONS = {"yaml": "pyyaml", "pydantic_core": "pydantic", "huggingface_hub": "huggingface-hub", "reasoning_gym": "reasoning-gym"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "pydantic_core": "pydantic",
+    "huggingface_hub": "huggingface-hub",
+    "reasoning_gym": "reasoning-gym",
+    "lm_eval": "lm-eval",
+}
 """Import names that differ from the package that is declared for them."""
 
 

@@ -295,9 +295,12 @@ def test_epochs(tree):
     [
         (
             {"objective": [{"type": "logits", "temperature": 0}]},
-            "objective.0.temperature: found 0, expected a number greater than or",
+            "objective.0.temperature: found 0, expected a number greater than or equal to 0.01",
         ),
-        ({"objective": [{"type": "logits", "temperature": -2}]}, "objective.0.temperature: found -2, expected a number greater than or"),
+        (
+            {"objective": [{"type": "logits", "temperature": -2}]},
+            "objective.0.temperature: found -2, expected a number greater than or equal to 0.01",
+        ),
         ({"objective": [{"type": "ce"}, {"type": "logits", "weight": -1}]}, "objective.1.weight: found -1, expected a number greater than"),
         ({"objective": [{"type": "logits", "divergence": "kl"}]}, "objective.0.divergence: found 'kl', expected one of: adaptive_kl"),
         ({"objective": [{"type": "logits", "divergence": "reverse-kl"}]}, "objective.0.divergence: found 'reverse-kl', expected one of:"),
@@ -480,8 +483,8 @@ def violations(value: Any, schema: dict[str, Any], root: dict[str, Any], at: str
         found.append(f"{at}: not enum")
     if "exclusiveMinimum" in schema and not value > schema["exclusiveMinimum"]:
         found.append(f"{at}: not exclusiveMinimum")
-    if "minimum" in schema and not value >= schema["minimum"]:
-        found.append(f"{at}: not minimum")
+    if schema.keys() & {"minimum", "maximum"} and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+        found.append(f"{at}: out of bounds")
     if isinstance(value, dict):
         known = schema.get("properties", {})
         found += [f"{at}.{key}: required" for key in schema.get("required", ()) if key not in value]

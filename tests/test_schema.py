@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 from limbeck.init import METHODS
 from limbeck.schema import recipe_schema, study_schema
 
-RECIPES = sorted((Path(__file__).parent.parent / "src" / "limbeck" / "recipes").rglob("*.yaml"))
+RECIPES = sorted((Path(__file__).parent.parent / "src" / "limbeck" / "recipes").glob("demo/*.yaml"))
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ import yaml
 
 import limbeck.trainer
 from helpers import write_jsonl
+from limbeck.conduct import run_study
 from limbeck.errors import LimbeckError, RecipeError, RunError
 from limbeck.run import Run
-from limbeck.study import Study, load_study, run_study
+from limbeck.study import Study, load_study
 
 ARMS: dict[str, dict[str, Any]] = {
     "sft": {"objective": [{"type": "ce"}]},
@@ -155,13 +156,18 @@ def test_a_stopped_study_goes_on(make_study, tmp_path, monkeypatch, trained):
     assert {file: after[file] for file in before} == before
 
 
+def records(path: Path, pattern: str = "*") -> dict[str, int]:
+    """When every record was written."""
+    return {file.name: file.stat().st_mtime_ns for file in (path / "records").glob(f"{pattern}.json")}
+
+
 def test_a_reference_that_is_missing_is_made(copied, make_study, trained):
-    (copied / "references" / "untrained" / "evals" / "agreement.json").unlink()
-    before = times(copied)
+    (missing,) = (copied / "records").glob("reference-untrained-*.json")
+    before, kept = records(copied), missing.read_bytes()
+    missing.unlink()
     run_study(make_study(), copied)
-    changed = {file for file, time in times(copied).items() if before.get(file) != time}
-    assert not trained and all(file.startswith("references/untrained/") for file in changed)
-    assert "references/untrained/evals/agreement.json" in changed
+    assert not trained and missing.read_bytes() == kept
+    assert {name for name, time in records(copied).items() if before[name] != time} == {missing.name}
 
 
 def test_more_seeds_can_be_added(copied, make_study, trained):
@@ -173,29 +179,175 @@ def test_more_seeds_can_be_added(copied, make_study, trained):
     assert figures["scores"]["sft"]["agreement"]["kl"]["num_seeds"] == 2
 
 
+STEPS = {"train": {"steps": 3}}
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "again"),
     [
-        (
-            {"arms": ARMS | {"logits": {"objective": [{"type": "ce"}, {"type": "logits"}]}}},
-            r"logits\.objective\.0\.weight is 0\.5 there, 1\.0 here\);",
-        ),
-        ({"arms": ARMS | {"sft": ARMS["sft"] | {"train": {"steps": 3}}}}, r"sft\.train\.steps is 2 there, 3 here"),
-        ({"arms": {"sft": ARMS["sft"]}}, r"logits is present there, absent here; hidden is present there, absent here"),
-        ({"arms": ARMS | {"more": ARMS["sft"]}}, r"more is absent there, present here"),
-        (
-            {"arms": {arm: changes | {"train": {"steps": 3}} for arm, changes in ARMS.items()}},
-            r"in every arm train\.steps is 2 there, 3 here\);",
-        ),
-        ({"capture": None}, r"capture is present there, absent here"),
+        ({"arms": ARMS | {"logits": {"objective": [{"type": "ce"}, {"type": "logits"}]}}}, ["logits"]),
+        ({"arms": ARMS | {"sft": ARMS["sft"] | STEPS}}, ["sft"]),
+        ({"arms": {"sft": ARMS["sft"]}}, []),
+        ({"arms": ARMS | {"more": ARMS["sft"] | STEPS}}, ["more"]),
+        ({"arms": ARMS | {"twin": ARMS["sft"]}}, ["twin"]),
+        ({"capture": None}, ["logits", "hidden"]),
+        ({"capture": {"codec": {"type": "topk", "k": 8}}, "references": False}, ["logits", "hidden"]),
     ],
+    ids=["another weight", "another budget", "an arm less", "an arm more", "a twin", "a live teacher", "another codec"],
 )
-def test_another_study_in_the_same_directory_is_refused(finished, make_study, trained, changes, message):
+def test_only_what_was_changed_runs_again(copied, make_study, trained, changes, again):
+    """A run is known by all that decides its result; what is not asked for any more stays where it is."""
+    before = records(copied)
+    figures = run_study(make_study(**changes), copied)
+    assert [name.partition("/")[0] for name in trained] == again
+    assert set(figures["scores"]) - {"teacher", "untrained"} == set(changes.get("arms", ARMS))
+    assert before.keys() <= records(copied).keys(), "what was recorded stays"
+    for arm in set(again) & set(ARMS):
+        assert "arms" not in changes or list((copied / "replaced").glob(f"{arm}-seed-0-*")), "the old run is kept"
+    if again and "arms" in changes:
+        trained.clear()
+        run_study(make_study(), copied)
+        assert not trained, "the study as it was is recorded still"
+
+
+def test_what_only_changes_the_speed_runs_nothing_again(copied, make_study, trained):
+    base = make_study().model_dump(mode="json")["base"]
+    base["train"] |= {"micro_batch_size": 2, "pack_length": 128, "head_memory_mb": 1, "checkpoint_every": 1}
+    run_study(make_study(base=base), copied)
+    assert not trained
+
+
+def test_edited_data_are_other_data(make_study, tmp_path, trained):
+    base = make_study().model_dump(mode="json")["base"]
+    data = write_jsonl(tmp_path / "train.jsonl", conversations(range(10)))
+    study = make_study(base=base | {"source": {"type": "dataset", "data": str(data)}}, arms={"sft": ARMS["sft"]}, references=False)
+    run_study(study, tmp_path / "s")
+    write_jsonl(data, conversations(range(1, 11)))
+    run_study(study, tmp_path / "s")
+    assert trained == ["sft/seed-0"] * 2
+
+
+def test_an_added_benchmark_is_measured_alone(copied, make_study, trained):
+    base = make_study().model_dump(mode="json")["base"]
+    base["evaluate"] = [*base["evaluate"], base["evaluate"][1] | {"name": "again", "limit": 2}]
+    figures = run_study(make_study(base=base), copied)
+    assert not trained and all("again" in scores for scores in figures["scores"].values())
+
+
+def test_records_are_enough_to_go_on_elsewhere(finished, make_study, tmp_path, trained):
+    """With the records of a study and nothing else, nothing runs and the report says the same; one that is lacking is made."""
+    path, figures = finished
+    results = tmp_path / "results"
+    shutil.copytree(path / "records", results / "records")
+    shutil.copy(path / "study.json", results)
+    shutil.copy(path / "capture.json", results)
+    again = run_study(make_study(), tmp_path / "work", results)
+    assert not trained and [file.name for file in (tmp_path / "work").iterdir()] == ["work.json"]
+    assert {key: again[key] for key in ("scores", "differences", "costs", "budgets", "answer")} == {
+        key: figures[key] for key in ("scores", "differences", "costs", "budgets", "answer")
+    }
+    assert "Add 20 and 20" not in "".join(file.read_text() for file in (results / "records").iterdir()), "no text of the data"
+    (lost,) = (results / "records").glob("logits-seed-0-*.json")
+    lost.unlink()
+    run_study(make_study(), tmp_path / "work", results)
+    assert trained == ["logits/seed-0"] and lost.is_file() and (tmp_path / "work" / "arms" / "logits" / "seed-0").is_dir()
+
+
+def test_another_study_in_the_same_directory_is_refused(finished, make_study, trained):
     path, _ = finished
-    before = times(path) | {"study.json": (path / "study.json").stat().st_mtime_ns}
-    with pytest.raises(RunError, match=rf"holds another study \({message}"):
-        run_study(make_study(**changes), path)
-    assert not trained and times(path) | {"study.json": (path / "study.json").stat().st_mtime_ns} == before
+    with pytest.raises(RunError, match=r"holds study 'tiny', found 'other'; choose another directory"):
+        run_study(make_study(name="other"), path)
+    assert not trained
+
+
+def test_a_study_that_was_stopped_in_its_capture_goes_on(make_study, tmp_path, monkeypatch):
+    """With results elsewhere, its directory is known by more than the runs that it does not have yet; another study's is refused."""
+    import limbeck.conduct
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(limbeck.conduct.Conduct, "_refer", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(make_study(), tmp_path / "work", tmp_path / "results")
+    assert (tmp_path / "work" / "teacher").is_dir() and not (tmp_path / "work" / "arms").exists()
+    assert run_study(make_study(), tmp_path / "work", tmp_path / "results")["num_runs"]["finished"] == 3
+    with pytest.raises(RunError, match=r"work: holds study 'tiny', found 'other'"):
+        run_study(make_study(name="other"), tmp_path / "work", tmp_path / "elsewhere")
+
+
+def test_an_arm_that_starts_from_another(make_study, tmp_path, trained):
+    """Seed by seed the parent's student, also where only the parent's record is left; what it cost is said."""
+    arms = {"then": {"student": {"arm": "sft"}, "objective": [{"type": "ce"}, {"type": "logits"}]}, "sft": ARMS["sft"]}
+    study = make_study(arms=arms, seeds=[0, 1], num_seeds={"then": 1}, references=False)
+    run_study(study, tmp_path / "s")
+    assert trained == ["sft/seed-0", "then/seed-0", "sft/seed-1"]
+    sft, then = (Run(tmp_path / "s" / "arms" / arm / "seed-0") for arm in ("sft", "then"))
+    assert then.read_json("recipe.json")["student"]["model"] == str(sft.student)
+    assert then.read_json("data.json")["initial_weights_sha256"] == sft.read_json("run.json")["weights_sha256"]
+    (record,) = (json.loads(file.read_text()) for file in (tmp_path / "s" / "records").glob("then-seed-0-*.json"))
+    assert record["about"]["parent"]["arm"] == "sft" and record["about"]["parent"]["tokens"] == sft.read_json("run.json")["tokens"]
+    assert record["about"]["compute"]["student_flops"] > record["about"]["compute"]["teacher_flops"] > 0
+
+    shutil.rmtree(tmp_path / "s" / "arms")
+    next((tmp_path / "s" / "records").glob("then-*")).unlink()
+    trained.clear()
+    run_study(study, tmp_path / "s")
+    assert trained == ["sft/seed-0", "then/seed-0"]
+    (again,) = (json.loads(file.read_text()) for file in (tmp_path / "s" / "records").glob("then-seed-0-*.json"))
+    assert again["totals"]["weights_sha256"] == record["totals"]["weights_sha256"]
+
+
+def task(**changes: Any) -> dict[str, Any]:
+    """A benchmark that may decide."""
+    settings = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    return {"type": "exact_match", "task": "chain_sum", "settings": settings, "limit": 4, "max_new_tokens": 2, "prompt": "plain"} | changes
+
+
+def with_task(study: Study) -> dict[str, Any]:
+    return {"base": study.model_dump(mode="json")["base"] | {"evaluate": [task(name="sums", seed=50_000)]}}
+
+
+def test_controls_and_protocol(make_study, tmp_path, trained):
+    """A primary metric brings the A/A twin with other seeds and a planted handicap, and is declared before the first run."""
+    changes = with_task(make_study()) | {"primary": {"benchmark": "sums", "margin": 0.1}, "references": False}
+    study = make_study(**changes, arms={arm: ARMS[arm] for arm in ("sft", "logits")})
+    plan = study.plan()
+    assert list(plan) == ["sft", "logits", "sft-again", "sft-planted"]
+    assert plan["sft-again"].seeds == [10_000] and plan["sft-planted"].recipe.train.steps == 1  # a quarter of two, at least one
+    run_study(study, tmp_path / "s")
+    assert trained == ["sft/seed-0", "logits/seed-0", "sft-again/seed-10000", "sft-planted/seed-0"]
+    declared = json.loads((tmp_path / "s" / "study.json").read_text())
+    assert declared["protocol"]["primary"]["margin"] == 0.1 and declared["protocol"]["compared"] == [["logits", "sft"]]
+    assert declared["amendments"] == [] and declared["arms"]["sft-planted"]["role"] == "planted"
+
+    run_study(study, tmp_path / "s")
+    assert json.loads((tmp_path / "s" / "study.json").read_text())["amendments"] == []
+    wider = make_study(**changes | {"primary": {"benchmark": "sums", "margin": 0.2}}, arms={arm: ARMS[arm] for arm in ("sft", "logits")})
+    run_study(wider, tmp_path / "s")
+    later = json.loads((tmp_path / "s" / "study.json").read_text())
+    assert later["protocol"] == declared["protocol"], "the first declaration stays"
+    assert [its["changes"] for its in later["amendments"]] == [["primary.margin is 0.1 there, 0.2 here"]]
+    assert len(trained) == 4, "and a metric runs nothing again"
+
+
+def test_rates_are_chosen_on_validation_data(make_study, tmp_path, trained):
+    changes = with_task(make_study()) | {"references": False, "arms": {arm: ARMS[arm] for arm in ("sft", "logits")}}
+    tune = {"learning_rates": [1e-3, 1e-2], "of": {"logits": [5e-3]}, "evaluate": {**task(seed=90_000), "type": "exact_match"}}
+    heldout = make_study().model_dump(mode="json")["base"]["evaluate"][1] | {"limit": 3}
+    study = make_study(**changes, tune=tune | {"evaluate": heldout})
+    run_study(study, tmp_path / "s")
+    assert trained == ["sft/rate-0.001", "sft/rate-0.01", "sft/seed-0", "logits/seed-0"]
+    tuning = json.loads((tmp_path / "s" / "study.json").read_text())["index"]["tuning"]
+    tried = tuning["sft"]["tried"]
+    assert tuning["sft"]["chosen"] == float(min(tried, key=tried.get)) and "logits" not in tuning
+    for arm, rate in (("sft", tuning["sft"]["chosen"]), ("logits", 5e-3)):
+        recipe = Run(tmp_path / "s" / "arms" / arm / "seed-0").read_json("recipe.json")
+        assert recipe["train"]["optimizer"]["learning_rate"] == rate
+    trained.clear()
+    run_study(study, tmp_path / "s")
+    assert not trained
 
 
 def test_a_directory_of_something_else_is_left_alone(make_study, tmp_path):
@@ -234,6 +386,8 @@ def test_study_file(make_study, tmp_path):
     assert [term.type for term in recipes["logits"].objective] == ["ce", "logits"]
 
 
+TASK = task(name="sums", seed=50_000)
+PRIMARY: dict[str, Any] = {"base": {"evaluate": [TASK]}}
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "misspelt key of the study": ({"arm": {}}, "arm: unknown key; did you mean 'arms'"),
     "no arms": ({"arms": {}}, "arms: .*found no arm"),
@@ -252,6 +406,45 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "seed of an arm": ({"arms": {"x": ARMS["sft"] | {"seed": 3}}}, "arm 'x' sets 'seed'; .*set `seeds`"),
     "seed twice": ({"seeds": [1, 1]}, r"seeds: .*found \[1, 1\], expected at least one number from 0, none twice"),
+    "parent that is not there": (
+        {"arms": ARMS | {"x": {"student": {"arm": "stf"}}}},
+        "student.arm: found 'stf', .*did you mean 'sft'",
+    ),
+    "parents in a circle": (
+        {"arms": {"x": {"student": {"arm": "y"}}, "y": {"student": {"arm": "x"}}}},
+        "arm 'x': student.arm leads in a circle: x from y from x",
+    ),
+    "seeds of an arm that is not there": ({"num_seeds": {"logit": 1}}, "num_seeds: found 'logit', .*did you mean 'logits'"),
+    "more seeds than there are": ({"num_seeds": {"sft": 2}}, "num_seeds.sft: found 2, expected 1 to 1"),
+    "primary that is not measured": (
+        PRIMARY | {"primary": {"benchmark": "sum", "margin": 1}},
+        "found 'sum', expected .*did you mean 'sums'",
+    ),
+    "metric that is not there": (
+        PRIMARY | {"primary": {"benchmark": "sums", "metric": "acuracy", "margin": 1}},
+        "primary.metric: found 'acuracy', .*did you mean 'accuracy'",
+    ),
+    "no margin": (PRIMARY | {"primary": {"benchmark": "sums"}}, "primary.margin: .*missing"),
+    "likeness can't decide": (
+        {"primary": {"benchmark": "agreement", "margin": 1}},
+        "measures likeness on text.*can't be primary",
+    ),
+    "nor can bits per byte": ({"primary": {"benchmark": "bits_per_byte", "margin": 1}}, "can't be primary"),
+    "an arm with itself": (PRIMARY | {"primary": {"benchmark": "sums", "margin": 1, "compare": [["sft", "sft"]]}}, "'sft' with itself"),
+    "an arm like a control": (
+        PRIMARY | {"primary": {"benchmark": "sums", "margin": 1}, "arms": ARMS | {"sft-again": ARMS["sft"]}},
+        "found arm 'sft-again', which the study adds itself",
+    ),
+    "rates chosen on the test": (
+        PRIMARY | {"tune": {"learning_rates": [1e-3, 1e-2], "evaluate": TASK | {"limit": 7}}},
+        "tune.evaluate has the cases of base.evaluate's 'sums'",
+    ),
+    "one rate": (PRIMARY | {"tune": {"learning_rates": [1e-3], "evaluate": TASK | {"seed": 1}}}, "tune.learning_rates: .*at least 2"),
+    "rate below 0": (PRIMARY | {"tune": {"learning_rates": [1e-3, -1], "evaluate": TASK | {"seed": 1}}}, "expected rates above 0"),
+    "tuned with a seed of the study": (
+        PRIMARY | {"tune": {"learning_rates": [1e-3, 1e-2], "seed": 0, "evaluate": TASK | {"seed": 1}}},
+        "tune.seed: found 0, which is one of `seeds`",
+    ),
     "name like a path": ({"name": "a/b"}, "name: .*found 'a/b', expected a file name"),
 }
 
@@ -259,8 +452,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("changes", "message"), ERRORS.values(), ids=ERRORS)
 def test_study_that_cannot_work(make_study, tmp_path, changes, message):
     file = tmp_path / "study.yaml"
-    file.write_text(yaml.safe_dump(make_study().model_dump(mode="json") | changes, sort_keys=False))
-    with pytest.raises(RecipeError, match=f"study.yaml: .*{message}"):
+    study = make_study().model_dump(mode="json")
+    changed = study | changes | {"base": study["base"] | changes.get("base", {})}
+    file.write_text(yaml.safe_dump(changed, sort_keys=False))
+    with pytest.raises(RecipeError, match=f"(?s)study.yaml: .*{message}"):
         load_study(file)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from limbeck.assets import fetch
     from limbeck.capture import capture
     from limbeck.check import check
+    from limbeck.conduct import run_study
     from limbeck.demo import demo
     from limbeck.errors import LimbeckError
     from limbeck.evaluate.runner import evaluate_model
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from limbeck.recipe import Recipe, load_recipe, parse_recipe
     from limbeck.report.page import build_report
     from limbeck.run import Run
-    from limbeck.study import Study, load_study, run_study
+    from limbeck.study import Study, load_study
     from limbeck.trainer import train
 
 _WHERE = {
@@ -44,7 +45,7 @@ _WHERE = {
     "load_recipe": "limbeck.recipe",
     "load_study": "limbeck.study",
     "parse_recipe": "limbeck.recipe",
-    "run_study": "limbeck.study",
+    "run_study": "limbeck.conduct",
     "train": "limbeck.trainer",
 }
 

@@ -140,23 +140,30 @@ def capture(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model: a folder, a cached name or a hub name.")],
-    recipe: Annotated[Path, typer.Option(help="Recipe whose `evaluate` (and `teacher`) is used.")],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Directory for evals/NAME.json.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe whose `evaluate` (and `teacher`) is used.")] = None,
+    suite: Annotated[str | None, typer.Option(help="Or a suite: core, tools, published, or a YAML file with `evaluate`.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for evals/NAME.json; an interrupted benchmark goes on there.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Grade a model with the benchmarks of a recipe."""
+    """Grade a model with the benchmarks of a recipe or of a suite."""
     from limbeck.cache import resolve_model
     from limbeck.errors import RecipeError
+    from limbeck.suites import load_suite
 
-    parsed = read_recipe(recipe, overrides)
-    if not parsed.evaluate:
+    if (recipe is None) == (suite is None):
+        raise RecipeError(f"eval: found {'both' if recipe else 'neither of'} --recipe and --suite, expected one of them")
+    if suite is not None and overrides:
+        raise RecipeError(f"eval: found {overrides[0]!r} with --suite, expected overrides with --recipe only")
+    parsed = read_recipe(recipe, overrides) if recipe is not None else None
+    benchmarks = parsed.evaluate if parsed else load_suite(str(suite))
+    if not benchmarks:
         raise RecipeError(f"{recipe}: evaluate is empty; expected at least one benchmark")
     resolve_model(model)
     from limbeck.evaluate.runner import evaluate_model
     from limbeck.report.tables import print_results
 
-    results = [result.to_json() for result in evaluate_model(model, parsed.evaluate, parsed.teacher, out)]
+    results = [result.to_json() for result in evaluate_model(model, benchmarks, parsed.teacher if parsed else None, out)]
     evals = {result["name"]: result for result in results}
     print_results(model, evals)
     finish({"model": model, "evals": _metrics(evals)}, as_json)
@@ -167,15 +174,27 @@ def study(
     file: Annotated[Path, typer.Argument(help="Study (YAML).", metavar="STUDY")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the study; runs/NAME where not given.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of records and report, small enough to commit; --out where not given.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show runs, tokens, time and memory to be expected; do nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train arms x seeds, evaluate them alike, and write the report."""
+    """Train arms x seeds, evaluate them alike, and write the report. What is recorded is not done again."""
     from limbeck.study import load_study
 
     spec = load_study(file, overrides or [])
-    from limbeck.study import run_study
+    path = out or Path("runs") / spec.name
+    if dry_run:
+        from limbeck.forecast import forecast, show
 
-    finish(run_study(spec, out or Path("runs") / spec.name), as_json)
+        expected = forecast(spec, path, results)
+        show(expected)
+        finish(expected, as_json)
+        return
+    from limbeck.conduct import run_study
+
+    finish(run_study(spec, path, results), as_json)
 
 
 @app.command()

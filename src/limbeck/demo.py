@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.cache import resolve_model
+from limbeck.conduct import run_study
 from limbeck.errors import LimbeckError
 from limbeck.log import say
 from limbeck.recipe import check_files
-from limbeck.study import Study, load_study, run_study
+from limbeck.study import Study, load_study
 
 STUDY = Path(__file__).parent / "recipes" / "demo" / "study.yaml"
 

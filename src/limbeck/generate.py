@@ -28,24 +28,40 @@ def generate(
 ) -> list[list[int]]:
     """The ids that follow each prompt, in the order of the prompts: at most `max_new_tokens`, the eos that ended them included.
 
-    `vocabulary` is the number of real tokens: the padded rows of the head beyond it are never produced. `advance` is told how many
-    more prompts are done, for a progress bar.
+    `advance` is told how many more prompts are done, for a progress bar.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    for part in answer_batches(model, prompts, max_new_tokens, eos_ids, pad_id, batch_size, vocabulary):
+        for index, answer in part.items():
+            answers[index] = answer
+        if advance is not None:
+            advance(len(part))
+    return answers
+
+
+def answer_batches(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    batch_size: int = 8,
+    vocabulary: int | None = None,
+) -> Iterator[dict[int, list[int]]]:
+    """The same batch by batch, as they are ready: answers by the index of their prompt.
+
+    `vocabulary` is the number of real tokens: the padded rows of the head beyond it are never produced.
     """
     if empty := [index for index, prompt in enumerate(prompts) if not len(prompt)]:
         raise DataError(f"prompt {empty[0]} is empty, expected at least one token to go on from")
     refuse_longer(model, max(map(len, prompts), default=0) + max_new_tokens, f"a prompt with max_new_tokens {max_new_tokens}")
-    answers: list[list[int]] = [[] for _ in prompts]
     # like lengths together, so that little is padded
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
     with _explicit(model, max_new_tokens, list(eos_ids), pad_id, vocabulary):
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             rows = _generate_batch(model, [prompts[index] for index in part], pad_id)
-            for index, row in zip(part, rows, strict=True):
-                answers[index] = _until(row, eos_ids)
-            if advance is not None:
-                advance(len(part))
-    return answers
+            yield {index: _until(row, eos_ids) for index, row in zip(part, rows, strict=True)}
 
 
 def eos_ids_of(model: Any, tokenizer: Any) -> list[int]:

@@ -4,7 +4,7 @@ recipe.json        the resolved recipe                      environment.json   v
 data.json          what was trained on: counts, hashes      metrics.jsonl      one object per optimizer step
 checkpoints/       see checkpoint.py                        evals/NAME.json    one benchmark result each
 student/           the trained model, for any HF tool       run.json           status, totals, timings
-adapters/          LoRA's, for PEFT; merged into student/
+adapters/          LoRA's, for PEFT; merged into student/   evals/NAME.partial.jsonl   items of one that is not finished
 """
 
 from __future__ import annotations
@@ -65,19 +65,19 @@ class Run:
         write_json(self.path / name, value)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
-        return list(_complete_lines(self.metrics_file))
+        """The rows of metrics.jsonl, as far as they are whole."""
+        return list(complete_lines(self.metrics_file))
 
     def evals(self) -> dict[str, dict[str, Any]]:
         """Benchmark results by benchmark name."""
         return {file.stem: self.read_json(f"evals/{file.name}") for file in sorted((self.path / "evals").glob("*.json"))}
 
 
-def write_json(file: Path, value: Any) -> None:
+def write_json(file: Path, value: Any, indent: int | None = 2) -> None:
     """Write JSON so that a reader sees the old file or the whole new one, also after a crash."""
     try:
         with appearing(file) as temporary, open(temporary, "w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=2, ensure_ascii=False, allow_nan=False)
+            json.dump(value, stream, indent=indent, ensure_ascii=False, allow_nan=False)
             stream.write("\n")
     except OSError as error:
         raise RunError(f"{file}: could not be written ({error})") from error
@@ -143,7 +143,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _complete_lines(file: Path) -> Iterator[dict[str, Any]]:
+def complete_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines, as far as they are whole: a last line that a kill cut short is left out."""
     if not file.is_file():
         return
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():

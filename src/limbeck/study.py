@@ -1,35 +1,30 @@
-"""Study: arms x seeds. One base recipe, each arm a few changes laid over it, all of them on one teacher and the same benchmarks.
+"""Study: what is compared. Arms x seeds over one base recipe, and, where a verdict is wanted, what decides it, declared beforehand.
 
-DIR/study.json   what the study is, every arm's recipe resolved     DIR/references/{teacher,untrained}/evals/   what to compare with
-DIR/teacher/     the captured teacher, if one is wanted             DIR/arms/ARM/seed-N/                        a run each
-Started again, finished runs are kept and others go on; another study in the same directory is refused.
+A study with a `primary` metric checks itself: it adds the baseline once more with other seeds (A/A: any lead over it is chance) and once
+with a known handicap (a lead that must be found). `conduct.py` carries a study out.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
+import hashlib
+import json
 import re
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from limbeck.errors import ModelError, RecipeError, RunError
-from limbeck.log import is_main_process, say
-from limbeck.objectives.base import Needs, needs_of
-from limbeck.recipe import Recipe, check_files, parse_recipe
+from limbeck.errors import RecipeError, nearest
+from limbeck.evaluate import Benchmark
+from limbeck.evaluate.agreement import Agreement
+from limbeck.evaluate.bits_per_byte import BitsPerByte
+from limbeck.recipe import Recipe, parse_recipe
 from limbeck.report.collect import REFERENCES
-from limbeck.run import Run, differences, write_json
 from limbeck.spec import Spec, load_yaml, member_of, merge, override, validate
 from limbeck.store import Codec, Exact, HiddenCodec
 from limbeck.teachers import ModelTeacher
-
-if TYPE_CHECKING:
-    from limbeck.distributed import World
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _OF_THE_STUDY = {
@@ -38,6 +33,12 @@ _OF_THE_STUDY = {
     "evaluate": "all arms are measured alike: set base.evaluate",
     "capture": "the teacher is captured once for all arms: set the study's `capture`",
 }
+AGAIN, PLANTED = "-again", "-planted"
+"""Behind the baseline's name: its controls."""
+OTHER_SEEDS = 10_000
+"""How far the A/A control's seeds are from the study's."""
+TEXT = (Agreement, BitsPerByte)
+"""Benchmarks that measure what an arm may have been trained for. They can't decide a study."""
 
 
 class TeacherCapture(Spec):
@@ -55,6 +56,60 @@ class TeacherCapture(Spec):
     """Conversations of the source on which codecs are fitted, at most half of them. What is lost is measured on others."""
 
 
+class Primary(Spec):
+    """What decides the study, declared before its first run: one metric on a task that no arm is trained for."""
+
+    benchmark: str
+    """One of base.evaluate, by its name."""
+    metric: str = ""
+    """The benchmark's first metric where it is empty."""
+    margin: float = Field(gt=0)
+    """Differences within this are as good as none: what TIES means, in the metric's own unit."""
+    alpha: float = Field(0.05, gt=0, lt=0.5)
+    """How often all comparisons together may find a lead that is none."""
+    baseline: str = ""
+    """The arm that others are compared with; the first of cross-entropy alone where it is empty."""
+    compare: list[tuple[str, str]] = []
+    """Pairs of arms that are judged, as [arm, with]. Every arm with the baseline where it is empty. Fewer pairs leave each more power."""
+    planted: dict[str, Any] = {}
+    """The known handicap, as changes of the baseline; a quarter of its steps where it is empty."""
+
+
+class Tuning(Spec):
+    """Each arm's learning rate, chosen on validation data by runs of their own."""
+
+    learning_rates: list[float] = Field(min_length=2)
+    """The grid of every arm."""
+    of: dict[str, list[float]] = {}
+    """Grids of arms that have another; of a single rate, which is taken as it is."""
+    evaluate: member_of(Benchmark)  # type: ignore[valid-type]
+    """What chooses: a benchmark on cases that base.evaluate does not have."""
+    metric: str = ""
+    """The benchmark's first metric where it is empty."""
+    seed: int = Field(20_000, ge=0)
+    """The seed of these runs; none of the study's."""
+
+    @field_validator("learning_rates", "of")
+    @classmethod
+    def _rates(cls, value: Any) -> Any:
+        for rates in value.values() if isinstance(value, dict) else [value]:
+            if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
+                raise ValueError(f"found {rates}, expected rates above 0, none twice")
+        return value
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm as it is run. `recipe` has the seed of the first run, and where `parent` is set, the parent's student in place of what comes
+    of its training. `role` says what a control is for."""
+
+    name: str
+    recipe: Recipe
+    seeds: list[int]
+    parent: str | None = None
+    role: Literal["arm", "again", "planted"] = "arm"
+
+
 class Study(Spec):
     """Arms x seeds."""
 
@@ -65,9 +120,16 @@ class Study(Spec):
     base: str | dict[str, Any]
     """The recipe that all arms share, or the path of its YAML file, seen from the study's file. Its `seed` and `capture` are not used."""
     arms: dict[str, dict[str, Any]]
-    """By name, what an arm changes in the base: mappings are merged, lists and values replaced."""
+    """By name, what an arm changes in the base: mappings are merged, lists and values replaced. `student: {arm: NAME}` starts from the
+    student of another arm, seed by seed."""
     seeds: list[int] = [0]
-    """Every arm is trained with each of these. More of them can be added to a study that has finished."""
+    """Every arm is trained with each of these."""
+    num_seeds: dict[str, int] = {}
+    """Arms that are trained with the first few seeds only."""
+    primary: Primary | None = None
+    """What decides. Where it is not set, the report describes and gives no verdict."""
+    tune: Tuning | None = None
+    """How each arm's learning rate is chosen; recipes keep theirs where it is not set."""
     capture: TeacherCapture | None = None
     """Where it is set (`{}` will do), the teacher scores the data once for all arms; else each arm runs it anew."""
     references: bool = True
@@ -105,24 +167,145 @@ class Study(Spec):
             raise ValueError(f"found {seeds}, expected at least one number from 0, none twice")
         return seeds
 
-    def recipes(self, where: str = "study") -> dict[str, Recipe]:
-        """Every arm's recipe, resolved and validated; an error names the arm. The seed is that of the first."""
+    @model_validator(mode="after")
+    def _named_arms(self) -> Study:
+        """Whatever names an arm names one that is there."""
+        for arm, changes in self.arms.items():
+            parent = _parent(changes)
+            if parent is not None:
+                self._known(f"arm {arm!r}: student.arm", parent)
+                path = [arm]
+                while parent is not None:
+                    if parent in path:
+                        raise ValueError(f"arm {arm!r}: student.arm leads in a circle: {' from '.join([*path, parent])}")
+                    path.append(parent)
+                    parent = _parent(self.arms.get(parent, {}))
+        for arm, count in self.num_seeds.items():
+            self._known("num_seeds", arm)
+            if not 0 < count <= len(self.seeds):
+                raise ValueError(f"num_seeds.{arm}: found {count}, expected 1 to {len(self.seeds)}, the number of seeds")
+        for arm in self.tune.of if self.tune else ():
+            self._known("tune.of", arm)
+        if self.tune and self.tune.seed in self.seeds:
+            raise ValueError(
+                f"tune.seed: found {self.tune.seed}, which is one of `seeds`; expected another, or rates are chosen on the test"
+            )
+        if self.primary:
+            self._known("primary.baseline", self.baseline)
+            controls = [self.baseline + AGAIN, self.baseline + PLANTED]
+            if taken := [name for name in controls if name in self.arms]:
+                raise ValueError(f"found arm {taken[0]!r}, which the study adds itself as a control; give the arm another name")
+            for pair in self.primary.compare:
+                for arm in pair:
+                    self._known("primary.compare", arm)
+                if pair[0] == pair[1]:
+                    raise ValueError(f"primary.compare: found {pair[0]!r} with itself, expected two arms")
+        return self
+
+    def _known(self, key: str, arm: str) -> None:
+        if arm not in self.arms:
+            raise ValueError(f"{key}: found {arm!r}, expected an arm of the study: {', '.join(self.arms)}{nearest(arm, self.arms)}")
+
+    @property
+    def baseline(self) -> str:
+        """The arm that others are compared with: as declared, or the first of cross-entropy alone, or the first."""
+        if self.primary and self.primary.baseline:
+            return self.primary.baseline
+        plain = [
+            arm
+            for arm, changes in self.arms.items()
+            if _parent(changes) is None and [term.get("type") for term in changes.get("objective", []) if isinstance(term, dict)] == ["ce"]
+        ]
+        return (plain or list(self.arms))[0]
+
+    @property
+    def compared(self) -> list[tuple[str, str]]:
+        """The pairs that are judged."""
+        if self.primary and self.primary.compare:
+            return list(self.primary.compare)
+        return [(arm, self.baseline) for arm in self.arms if arm != self.baseline]
+
+    def plan(self, where: str = "study") -> dict[str, Arm]:
+        """Every arm, parents before children, and the controls where something is judged; an error names the arm."""
         base = load_yaml(self.base) if isinstance(self.base, str) else self.base
         shared = {key: value for key, value in base.items() if key not in ("seed", "capture")}
-        recipes = {}
-        for arm, changes in self.arms.items():
-            tree = merge(shared, changes) | {"seed": self.seeds[0]}
-            recipes[arm] = parse_recipe(tree, where=f"{where}: arm {arm!r}")
-            try:
-                recipes[arm].for_training()
-            except RecipeError as error:
-                raise RecipeError(f"{where}: arm {arm!r}: {error}") from None
-            if self.capture and not isinstance(recipes[arm].teacher, ModelTeacher):
-                found = recipes[arm].teacher.type
-                raise RecipeError(
-                    f"{where}: capture is set, and base.teacher is {found!r}; expected {{type: model, model: NAME}}, or no capture"
-                )
-        return recipes
+        trees: dict[str, dict[str, Any]] = {}
+        waiting = dict(self.arms)
+        while waiting:
+            arm = next(name for name, changes in waiting.items() if _parent(changes) in (None, *trees))
+            changes = waiting.pop(arm)
+            if parent := _parent(changes):
+                begun = {key: value for key, value in dict(trees[parent].get("student") or {}).items() if key != "lora"}
+                student = {key: value for key, value in changes["student"].items() if key != "arm"}
+                changes = {**changes, "student": {**student, **begun}}
+            trees[arm] = merge(shared, changes)
+        arms = {
+            name: Arm(name, self._recipe(name, tree, where), self._seeds_of(name), _parent(self.arms[name])) for name, tree in trees.items()
+        }
+        arms = {name: arms[name] for name in sorted(arms, key=lambda name: (arms[name].parent is not None, list(trees).index(name)))}
+        if self.primary:
+            self._check_primary(arms, where)
+            arms |= self._controls(arms[self.baseline], trees[self.baseline], where)
+        if self.tune:
+            self._check_tuning(arms[self.baseline].recipe, where)
+        return arms
+
+    def recipes(self, where: str = "study") -> dict[str, Recipe]:
+        """Every arm's recipe, controls included, resolved and validated. The seed is that of the first run."""
+        return {name: arm.recipe for name, arm in self.plan(where).items()}
+
+    def _seeds_of(self, arm: str) -> list[int]:
+        return self.seeds[: self.num_seeds.get(arm, len(self.seeds))]
+
+    def _recipe(self, arm: str, tree: dict[str, Any], where: str) -> Recipe:
+        recipe = parse_recipe(tree | {"seed": self.seeds[0]}, where=f"{where}: arm {arm!r}")
+        try:
+            recipe.for_training()
+        except RecipeError as error:
+            raise RecipeError(f"{where}: arm {arm!r}: {error}") from None
+        if self.capture and not isinstance(recipe.teacher, ModelTeacher):
+            found = recipe.teacher.type
+            raise RecipeError(
+                f"{where}: capture is set, and base.teacher is {found!r}; expected {{type: model, model: NAME}}, or no capture"
+            )
+        return recipe
+
+    def _controls(self, baseline: Arm, tree: dict[str, Any], where: str) -> dict[str, Arm]:
+        assert self.primary is not None
+        again, planted = baseline.name + AGAIN, baseline.name + PLANTED
+        seeds = [seed + OTHER_SEEDS for seed in baseline.seeds]
+        _, train = baseline.recipe.for_training()
+        fewer = {"epochs": train.epochs / 4} if train.epochs else {"steps": max((train.steps or 1) // 4, 1)}
+        handicap = merge(tree, self.primary.planted or {"train": fewer})
+        return {
+            again: Arm(again, baseline.recipe.model_copy(update={"seed": seeds[0]}), seeds, baseline.parent, "again"),
+            planted: Arm(planted, self._recipe(planted, handicap, where), baseline.seeds, baseline.parent, "planted"),
+        }
+
+    def _check_primary(self, arms: Mapping[str, Arm], where: str) -> None:
+        assert self.primary is not None
+        recipe = arms[self.baseline].recipe
+        found = {benchmark.key: benchmark for benchmark in recipe.evaluate}
+        benchmark = found.get(self.primary.benchmark)
+        if benchmark is None:
+            known = f"{', '.join(found) or 'none is there'}{nearest(self.primary.benchmark, found)}"
+            raise RecipeError(f"{where}: primary.benchmark: found {self.primary.benchmark!r}, expected one of base.evaluate: {known}")
+        if isinstance(benchmark, TEXT):
+            raise RecipeError(
+                f"{where}: primary.benchmark: {self.primary.benchmark!r} measures likeness on text, which is what arms are trained for: it "
+                "can't be primary; expected a task that no arm is trained on"
+            )
+        check_metric(benchmark, self.primary.metric, f"{where}: primary.metric")
+
+    def _check_tuning(self, recipe: Recipe, where: str) -> None:
+        assert self.tune is not None
+        check_metric(self.tune.evaluate, self.tune.metric, f"{where}: tune.metric")
+        chosen = _cases(self.tune.evaluate)
+        if same := [benchmark.key for benchmark in recipe.evaluate if _cases(benchmark) == chosen]:
+            raise RecipeError(
+                f"{where}: tune.evaluate has the cases of base.evaluate's {same[0]!r}, so rates would be chosen on the test; "
+                "expected others, such as another `seed` or file"
+            )
 
 
 def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
@@ -132,192 +315,32 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
     if isinstance(tree.get("base"), str):
         tree["base"] = load_yaml(path.parent / tree["base"])
     study = validate(Study, override(tree, overrides), str(path))
-    study.recipes(str(path))
+    study.plan(str(path))
     return study
 
 
-def run_study(study: Study, path: Path | str) -> dict[str, Any]:
-    """Capture, measure the references, train and measure every arm with every seed, and write the report; returns its figures."""
-    path = Path(path)
-    recipes = study.recipes()
-    for number, (arm, recipe) in enumerate(recipes.items()):
-        # the benchmarks are the same for all, and checking one may mean making its cases
-        if problems := check_files(recipe if number == 0 else recipe.model_copy(update={"evaluate": []})):
-            raise RecipeError(f"arm {arm!r}: {'; '.join(dict.fromkeys(problems))}")
-    if is_main_process():
-        _claim(study, recipes, path)
-    seconds: dict[str, float] = {}
-    if any(not run.is_finished for _, _, run in _runs(study, path)) or _missing_references(study, recipes, path):
-        from limbeck import distributed
-
-        with distributed.world() as world:
-            _run(study, recipes, path, seconds, world)
-    return _report(path, seconds) if is_main_process() else {}
+def check_metric(benchmark: Benchmark, metric: str, where: str) -> str:
+    """The metric that is meant: as named, or the benchmark's first."""
+    known = list(benchmark.higher_is_better)
+    if not known:  # the benchmark's metrics are told by what it runs
+        return metric
+    if metric and metric.partition("/")[0] not in known:
+        raise RecipeError(f"{where}: found {metric!r}, expected a metric of {benchmark.key!r}: {', '.join(known)}{nearest(metric, known)}")
+    return metric or known[0]
 
 
-def _run(study: Study, recipes: dict[str, Recipe], path: Path, seconds: dict[str, float], world: World) -> None:
-    from limbeck import distributed
-    from limbeck.trainer import train
-
-    if study.capture and not _is_captured(path):
-        with _phase("capture", seconds):
-            _capture(study.capture, recipes, path, world)
-    distributed.barrier(world)
-    if world.is_main:
-        for name in _missing_references(study, recipes, path):
-            with _phase(REFERENCES[name], seconds):
-                first = next(iter(recipes.values()))
-                live = first.teacher if name == "teacher" and isinstance(first.teacher, ModelTeacher) else None
-                _measure(name, live, _with_store(study, first, path), path / "references" / name, world.device)
-    distributed.barrier(world)
-    for arm, seed, run in _runs(study, path):
-        if run.is_finished:
-            continue
-        with _phase(arm + (f", seed {seed}" if len(study.seeds) > 1 else ""), seconds):
-            tree = _with_store(study, recipes[arm], path).to_json() | {"seed": seed}
-            train(parse_recipe(tree, where=f"arm {arm!r}"), run.path)
+def digest(value: Any) -> str:
+    """SHA-256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def _runs(study: Study, path: Path) -> Iterator[tuple[str, int, Run]]:
-    """Seed by seed, so that a study that is stopped has whole comparisons to show."""
-    for seed in study.seeds:
-        for arm in study.arms:
-            yield arm, seed, Run(path / "arms" / arm / f"seed-{seed}")
+def _parent(changes: Mapping[str, Any]) -> str | None:
+    student = changes.get("student")
+    return student.get("arm") if isinstance(student, dict) else None
 
 
-def _with_store(study: Study, recipe: Recipe, path: Path) -> Recipe:
-    """The recipe with the captured teacher in place of the live one."""
-    if not study.capture:
-        return recipe
-    return parse_recipe(recipe.to_json() | {"teacher": {"type": "store", "path": str(path / "teacher")}}, where="captured teacher")
-
-
-def _is_captured(path: Path) -> bool:
-    return bool(Run(path).read_json("capture.json", {}).get("complete")) and (path / "teacher").is_dir()
-
-
-def _capture(spec: TeacherCapture, recipes: dict[str, Recipe], path: Path, world: World) -> None:
-    """Walk every source that an arm with a teacher trains on, and keep all blocks that any arm maps. capture.json says what it took."""
-    from limbeck.capture import capture
-
-    here = Run(path)
-    took = here.read_json("capture.json", {"seconds": 0.0})
-    needs = {arm: _needs(recipe) for arm, recipe in recipes.items()}
-    layers = sorted({layer for its in needs.values() for layer in its.layers})
-    section = {"path": str(path / "teacher"), "layers": layers, **spec.model_dump(mode="json")}
-    asking = [recipes[arm] for arm, its in needs.items() if its.anything] or list(recipes.values())[:1]
-    sources = {recipe.source.model_dump_json(): recipe for recipe in asking}
-    start = time.perf_counter()
-    try:
-        for recipe in sources.values():
-            manifest = capture(parse_recipe(recipe.to_json() | {"objective": [], "capture": section}, where="capture"))
-        took = took | {"num_samples": manifest.num_samples, "num_scored": manifest.num_scored, "num_bytes": manifest.num_bytes}
-        took = took | {"layers": list(manifest.layers), "complete": True}
-    finally:
-        # a capture that was stopped goes on where it was, and so does its clock
-        if world.is_main:
-            here.write_json("capture.json", took | {"seconds": took["seconds"] + time.perf_counter() - start})
-
-
-def _needs(recipe: Recipe) -> Needs:
-    """What an arm asks of the teacher. The configs of hub models that were never loaded are fetched for it."""
-    student, _ = recipe.for_training()
-    teacher = recipe.teacher
-    assert isinstance(teacher, ModelTeacher)
-    teacher.prepare()
-    if student.shape() is None:
-        from limbeck.models import fetch_config
-
-        fetch_config(student.model, student.revision)
-    shape, num_layers = student.shape(), teacher.provides().num_layers
-    if shape is None or num_layers is None:
-        raise ModelError(f"{student.model}, {teacher.model}: found no num_hidden_layers in config.json, expected decoders of transformers")
-    return needs_of(recipe.terms, shape[0], num_layers)
-
-
-def _missing_references(study: Study, recipes: dict[str, Recipe], path: Path) -> list[str]:
-    """References of which a result is still to be made. A teacher can be measured where it is a live model."""
-    first = next(iter(recipes.values()))
-    wanted = [benchmark.key for benchmark in first.evaluate] if study.references else []
-    names = ["teacher", "untrained"] if isinstance(first.teacher, ModelTeacher) else ["untrained"]
-    return [name for name in names if set(wanted) - set(Run(path / "references" / name).evals())]
-
-
-def _measure(name: str, teacher: ModelTeacher | None, recipe: Recipe, out: Path, device: str) -> None:
-    """Grade the teacher itself, or the student as it is before the first step, with the arms' benchmarks."""
-    from limbeck.evaluate import Subject
-    from limbeck.evaluate.runner import evaluate
-    from limbeck.models import load_model, load_tokenizer
-    from limbeck.student import build
-
-    student, _ = recipe.for_training()
-    if teacher is not None:
-        model = load_model(teacher.model, teacher.dtype, teacher.revision, device, teacher.load_in)
-    else:
-        model = build(student.model_copy(update={"lora": None}), device)
-    # prompts are the same for all: those of the student's tokenizer and template
-    subject = Subject(model.eval(), load_tokenizer(student.model, student.revision), device, recipe.teacher)
-    for result in evaluate(recipe.evaluate, subject, out / "evals"):
-        Run(out).write_json(f"evals/{result.name}.json", result.to_json())
-
-
-def _claim(study: Study, recipes: dict[str, Recipe], path: Path) -> None:
-    """Take the directory for this study. What would change a run must be as it was; name, question, seeds and references may differ."""
-    resolved = {arm: {key: value for key, value in recipe.to_json().items() if key != "seed"} for arm, recipe in recipes.items()}
-    captured = study.capture.model_dump(mode="json", include={"codec", "hidden", "calibrate_on"}) if study.capture else None
-    file = path / "study.json"
-    if file.is_file():
-        there = Run(path).read_json("study.json")
-        differing = _changes(there.get("recipes", {}), resolved)
-        differing += [line for _, line in differences(there.get("captured"), captured, "capture")]
-        if differing:
-            shown = "; ".join(differing[:5]) + (f"; and {len(differing) - 5} more" if len(differing) > 5 else "")
-            raise RunError(f"{path}: holds another study ({shown}); choose another directory, or delete this one")
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunError(f"{path}: exists and is no study's directory; choose another path")
-    about = {"name": study.name, "question": study.question, "seeds": study.seeds, "references": study.references}
-    write_json(file, {"format": "limbeck-study", "version": 1, **about, "captured": captured, "recipes": resolved})
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between the recipes of two studies; what differs alike in every arm is said once."""
-    by_arm = {arm: differences(old.get(arm), new.get(arm)) for arm in dict.fromkeys((*old, *new))}
-    shared = [entry for entry in next(iter(by_arm.values()), []) if all(entry in entries for entries in by_arm.values())]
-    own = [f"{arm}{'.' if key else ' '}{line}" for arm, entries in by_arm.items() for key, line in entries if (key, line) not in shared]
-    return [f"in every arm {line}" for _, line in shared] + own
-
-
-@contextmanager
-def _phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Time a phase, and give its memory back, so that the next one's peak is its own."""
-    say(name)
-    start = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - start
-    gc.collect()
-    with suppress(OSError, AttributeError):  # where the C library is another
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _report(path: Path, seconds: dict[str, float]) -> dict[str, Any]:
-    """Write the report, show it, and return what programs want of it."""
-    from limbeck.report.collect import collect
-    from limbeck.report.page import build_report
-    from limbeck.report.tables import print_table, quality
-
-    start = time.perf_counter()
-    paths = build_report(path)
-    seconds["report"] = time.perf_counter() - start
-    figures = Run(path).read_json("report.json")
-    print_table(quality(collect(path)), figures["name"])
-    for text in (*figures["answer"], figures["statement"], figures["budgets"]["statement"]):
-        say(text) if text else None
-    say("took " + "; ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
-    for file in (paths.html, paths.markdown):
-        say(f"report: {file}")
-    return {
-        "path": str(path),
-        "report": {"html": str(paths.html), "markdown": str(paths.markdown), "json": str(paths.json)},
-        "seconds": seconds,
-        **{key: figures[key] for key in ("name", "seeds", "num_runs", "statement", "answer", "scores", "differences", "costs", "budgets")},
-    }
+def _cases(benchmark: Benchmark) -> Any:
+    """What decides a benchmark's cases; how many of them, and how they are asked, does not tell them apart."""
+    keys = {"type", "task", "data", "seed", "categories", "tasks"}
+    tree = json.loads(benchmark.model_dump_json())
+    return {key: value for key, value in tree.items() if key in keys}

@@ -285,6 +285,7 @@ def _finish(run: Run, recipe: Recipe, student: Any, tokenizer: Any, world: World
             "status": "finished",
             "steps": last["step"],
             "tokens": last["tokens"],
+            "scored_tokens": sum(row["scored_tokens"] for row in rows),
             "train_seconds": last["seconds"],
             "tokens_per_second": last["tokens"] / last["seconds"],
             "teacher_share": sum(row["teacher_share"] for row in rows) / len(rows),

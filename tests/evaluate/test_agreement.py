@@ -49,7 +49,7 @@ def knowing(tokenizer, bigram_model, random_table):
 
 def grade(benchmark, model, tokenizer, teacher_dir):
     with torch.no_grad():
-        return benchmark.run(Subject(model, tokenizer, "cpu", ModelTeacher(model=str(teacher_dir))))
+        return list(benchmark.run(Subject(model, tokenizer, "cpu", ModelTeacher(model=str(teacher_dir)))))
 
 
 def reference(sample, student, teacher, num_tokens):
@@ -169,7 +169,7 @@ def test_a_store_that_lacks_the_texts_is_refused(write_jsonl, tokenizer, student
 
     subject = Subject(student, tokenizer, "cpu", Empty(model="none/none"))
     with pytest.raises(StoreError, match="lacks 2"):
-        Agreement(data=str(write_jsonl(rows(2)))).run(subject)
+        list(Agreement(data=str(write_jsonl(rows(2)))).run(subject))
 
 
 def calibration(items):

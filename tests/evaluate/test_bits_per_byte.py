@@ -17,7 +17,7 @@ TEXTS = ("The dog sleeps.", "Zürich ☀ 🦊!", "two and three make five")
 
 def grade(benchmark, model, tokenizer):
     with torch.no_grad():
-        return benchmark.run(Subject(model, tokenizer))
+        return list(benchmark.run(Subject(model, tokenizer)))
 
 
 def test_brute_force(write_jsonl, tokenizer, bigram_model, random_table):

@@ -35,7 +35,8 @@ def answering(text, tokenizer, bigram_model):
 
 def run(bench, model, tokenizer):
     with torch.no_grad():
-        return bench.run(Subject(model, tokenizer))
+        items = bench.run(Subject(model, tokenizer))
+        return sorted(items, key=lambda item: int(item.id.rpartition("-")[2]))
 
 
 def test_right_and_wrong_answers(tokenizer, bigram_model):
@@ -92,9 +93,9 @@ def test_suffix_and_style_reach_the_prompt(tokenizer, monkeypatch):
 
     def remember(model, prompts, *args, **kwargs):
         seen.append(tokenizer.decode(prompts[0]))
-        return [[2] for _ in prompts]
+        return [{index: [2] for index in range(len(prompts))}]
 
-    monkeypatch.setattr(limbeck.generate, "generate", remember)
+    monkeypatch.setattr(limbeck.generate, "answer_batches", remember)
     run(benchmark(suffix=" Only the number."), tiny_model(), tokenizer)
     run(benchmark(prompt="plain"), tiny_model(), tokenizer)
     assert seen[0].endswith(" Only the number.<|im_end|>\n<|im_start|>assistant\n")

@@ -7,12 +7,19 @@ import random
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MistralConfig,
+)
 
 from helpers import tiny_model
 from limbeck.errors import DataError
 from limbeck.evaluate import MultipleChoice, Subject
-from limbeck.evaluate.multiple_choice import Case, _grade, log_probs, read_cases
+from limbeck.evaluate.likelihood import log_probs, shares_cache
+from limbeck.evaluate.multiple_choice import Case, _grade, extract_letter, read_cases
 
 
 def row(name="q-1", question="What is the weather?", choices=("sunny", "the dog"), answer=0, **more):
@@ -38,8 +45,47 @@ def tiny_gpt2(vocab):
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)).eval()
 
 
-@pytest.mark.parametrize("make", [tiny_gpt2, lambda vocab: tiny_model()], ids=["gpt2", "llama"])
-def test_log_probs_by_definition(tokenizer, make):
+def small(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def sliding(vocab):
+    """Attention that reaches back 4 tokens, so that its cache forgets most of a prompt."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return small(MistralConfig(vocab_size=vocab, sliding_window=4, initializer_range=0.2, **sizes))
+
+
+def mamba(vocab):
+    """A state in the place of a cache; padding on the left would change it."""
+    return small(MambaConfig(vocab_size=vocab, hidden_size=32, state_size=4, num_hidden_layers=2, initializer_range=0.2))
+
+
+def llama(vocab):
+    return tiny_model()
+
+
+@pytest.mark.parametrize(("make", "shared"), [(tiny_gpt2, True), (llama, True), (sliding, False), (mamba, False)])
+def test_which_caches_are_shared(tokenizer, make, shared):
+    with torch.no_grad():
+        assert shares_cache(make(len(tokenizer))) is shared
+
+
+@pytest.mark.parametrize("method", ["cloze", "letter"])
+def test_with_and_without_a_shared_cache(write_jsonl, tokenizer, monkeypatch, method):
+    benchmark, model = MultipleChoice(data=str(write_jsonl(ROWS)), method=method, batch_size=3), tiny_model()
+    shared = run(benchmark, model, tokenizer)
+    monkeypatch.setattr("limbeck.evaluate.multiple_choice.shares_cache", lambda model: False)
+    whole = run(benchmark, model, tokenizer)
+    assert shared.keys() == whole.keys()
+    for key, item in shared.items():
+        assert item.detail["log_probs"] == pytest.approx(whole[key].detail["log_probs"], abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "shared"), [(tiny_gpt2, True), (tiny_gpt2, False), (llama, True), (llama, False), (sliding, False), (mamba, False)]
+)
+def test_log_probs_by_definition(tokenizer, make, shared):
     """Prompts and choices of unlike lengths, in one batch, against the full logits of each alone."""
     model = make(len(tokenizer))
     draw = random.Random(0)
@@ -47,7 +93,7 @@ def test_log_probs_by_definition(tokenizer, make):
     prompts = [ids(n) for n in (9, 1, 5)]
     choices = [[ids(1), ids(7)], [ids(3), ids(3), ids(2)], [ids(4), ids(1)]]
     with torch.no_grad():
-        found = log_probs(Subject(model, tokenizer), prompts, choices)
+        found = log_probs(Subject(model, tokenizer), prompts, choices, shared)
         for prompt, answers, scores in zip(prompts, choices, found, strict=True):
             for answer, score in zip(answers, scores, strict=True):
                 logits = model(torch.tensor([prompt + answer])).logits[0, :, : len(tokenizer)].double().log_softmax(-1)
@@ -83,7 +129,83 @@ def test_a_model_that_prefers_a_choice(write_jsonl, tokenizer, bigram_model, bat
     metrics = benchmark.metrics(list(items.values()))
     assert metrics["acc_norm"].value == 0.5
     assert metrics["acc_norm"].chance == pytest.approx((1 / 2 + 1 / 3 + 1 / 4 + 1 / 3) / 4) == metrics["acc"].chance
-    assert metrics["acc_norm"].num_items == 4
+    assert list(metrics) == ["acc_norm", "acc"]
+    assert (metrics["acc_norm"].num_items, metrics["acc_norm"].ceiling) == (4, 1.0)
+
+
+@pytest.mark.parametrize("style", ["chat", "plain"])
+def test_a_model_that_prefers_a_letter(write_jsonl, tokenizer, bigram_model, style):
+    table = torch.zeros(len(tokenizer), len(tokenizer))
+    ids = tokenizer("B" if style == "chat" else " B")["input_ids"]
+    start = tokenizer("<|im_start|>assistant\n" if style == "chat" else "Answer:")["input_ids"][-1]
+    for before, after in itertools.pairwise([start, *ids]):
+        table[before, after] = 20.0
+    benchmark = MultipleChoice(data=str(write_jsonl(ROWS)), method="letter", prompt=style)
+    items = run(benchmark, bigram_model(table), tokenizer)
+    assert {key: item.detail["chosen"] for key, item in items.items()} == dict.fromkeys("abcd", 1)
+    assert [len(items[key].detail["log_probs"]) for key in "abcd"] == [2, 3, 4, 3]
+    metrics = benchmark.metrics(list(items.values()))
+    assert list(metrics) == ["acc"] and metrics["acc"].value == 0.25
+    assert metrics["acc"].chance == pytest.approx((1 / 2 + 1 / 3 + 1 / 4 + 1 / 3) / 4)
+
+
+@pytest.mark.parametrize(("written", "chosen"), [("C", 2), ("maybe", None)])
+def test_letters_that_are_written(write_jsonl, tokenizer, bigram_model, written, chosen):
+    """Only one of the questions has a fourth choice, and three have a third."""
+    ids = [tokenizer("<|im_start|>assistant\n")["input_ids"][-1], *tokenizer(written)["input_ids"], tokenizer.eos_token_id]
+    table = torch.zeros(len(tokenizer), len(tokenizer))
+    for before, after in itertools.pairwise(ids):
+        table[before, after] = 20.0
+    benchmark = MultipleChoice(data=str(write_jsonl(ROWS)), method="generate")
+    items = run(benchmark, bigram_model(table), tokenizer)
+    assert {item.detail["text"] for item in items.values()} == {written}
+    assert {key: item.detail["chosen"] for key, item in items.items()} == {"a": None} | dict.fromkeys("bcd", chosen)
+    metrics = benchmark.metrics(list(items.values()))
+    assert list(metrics) == ["acc", "answered"]
+    assert metrics["answered"].value == (0.75 if chosen else 0.0) and metrics["answered"].chance is None
+    assert metrics["acc"].value == 0.0 and metrics["acc"].num_items == 4
+
+
+def test_the_choices_are_shown_for_letters_only(tokenizer):
+    case = Case("q", "Who?", ("the dog", "five"), 0, "")
+    ask = lambda **settings: MultipleChoice(data="d", **settings)._question(case)  # noqa: E731
+    assert ask() == "Who?"
+    assert ask(method="letter", prompt="plain") == "Who?\nA. the dog\nB. five"
+    assert ask(method="generate") == "Who?\nA. the dog\nB. five\nAnswer with the letter of the right choice only."
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        (" B.", "B"),
+        ("(B) five", "B"),
+        ("**B**", "B"),
+        ("B. The dog", "B"),
+        ("B\nbecause", "B"),
+        ("The answer is B.", "B"),
+        ("The correct answer is (B), not A.", "B"),
+        ("Answer: A. No, the answer is: C", "C"),
+        ("the right choice is B", "B"),
+        ("A dog is B", ""),
+        ("A", "A"),
+        ("I think so", ""),
+        ("E", ""),
+        ("b", ""),
+        ("The answer is Berlin", ""),
+        ("The answer is A's", ""),
+        ("", ""),
+    ],
+)
+def test_extraction(text, letter):
+    assert extract_letter(text, 4) == letter
+
+
+def test_more_choices_than_letters(write_jsonl):
+    path = str(write_jsonl([row(choices=[f"c{i}" for i in range(27)])]))
+    MultipleChoice(data=path).check()
+    with pytest.raises(DataError, match=r"data\.jsonl:1: choices: found 27, expected at most 26, a letter for each; set `method: cloze`"):
+        MultipleChoice(data=path, method="letter").check()
 
 
 def test_normalised_by_bytes(write_jsonl, tokenizer, bigram_model):

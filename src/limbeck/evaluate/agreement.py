@@ -7,7 +7,7 @@ trained on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from limbeck.errors import ModelError
@@ -42,11 +42,12 @@ class Agreement(HeldOut):
     version: ClassVar[int] = 1
     needs_teacher: ClassVar[bool] = True
     higher_is_better: ClassVar[dict[str, bool]] = {"kl": False, "top1": True, "nll": False, "teacher_nll": False, "ece": False}
+    ceilings: ClassVar[dict[str, float]] = {"kl": 0.0, "top1": 1.0, "ece": 0.0}
 
     def samples(self, tokenizer: Any) -> list[Sample]:
         return self.rendered(tokenizer)
 
-    def run(self, subject: Subject) -> list[Item]:
+    def run(self, subject: Subject) -> Iterator[Item]:
         from limbeck.models import head
 
         assert subject.teacher is not None
@@ -60,10 +61,10 @@ class Agreement(HeldOut):
                 raise ModelError(f"{self.key}: token {int(batch.targets.max())} is none of the {scorer.vocabulary} that the teacher has")
             return _items(batch, _compare(hidden, student_head, scorer.score(batch), batch.targets))
 
-        return list(self.graded(samples, subject, grade))
+        yield from self.graded(samples, subject, grade)
 
     def metrics(self, items: Sequence[Item]) -> dict[str, Metric]:
-        means = {name: ratio(items, name, self.higher_is_better[name]) for name in TOKEN_METRICS}
+        means = {name: ratio(items, name, self.higher_is_better[name], ceiling=self.ceilings.get(name)) for name in TOKEN_METRICS}
         return means | {"ece": calibration_error(items)}
 
 
@@ -140,14 +141,14 @@ def calibration_error(items: Sequence[Item]) -> Metric:
     import numpy as np
 
     if not items:
-        return Metric(None, None, 0, higher_is_better=False)
+        return Metric(None, None, 0, higher_is_better=False, ceiling=0.0)
     bins = [item.detail["calibration"] for item in items]
     gaps = np.array([np.subtract(each["confidence"], each["correct"]) for each in bins])  # [items, bins]
     counts = np.array([sum(each["tokens"]) for each in bins], dtype=np.float64)
     value = float(np.abs(gaps.sum(0)).sum() / counts.sum())
     n = len(items)
     if n < 2:
-        return Metric(value, None, n, higher_is_better=False)
+        return Metric(value, None, n, higher_is_better=False, ceiling=0.0)
     without = np.abs(gaps.sum(0) - gaps).sum(1) / (counts.sum() - counts)
     stderr = math.sqrt((n - 1) / n * float(((without - without.mean()) ** 2).sum()))
-    return Metric(value, stderr, n, higher_is_better=False)
+    return Metric(value, stderr, n, higher_is_better=False, ceiling=0.0)

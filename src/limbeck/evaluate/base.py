@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,7 +34,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric over all items. `chance` is what guessing scores, where that is defined."""
+    """A metric over all items, between what guessing scores (`chance`) and the best that there is (`ceiling`), where these are known."""
 
     value: float | None
     """None where no item counts."""
@@ -43,6 +43,8 @@ class Metric:
     num_items: int
     higher_is_better: bool
     chance: float | None = None
+    ceiling: float | None = None
+    """The best value, also where lower is better; None where nobody knows it, as for bits per byte."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under test: an HF causal LM in eval mode with its tokenizer, and the teacher that it is compared with, if any."""
+    """The model under test: an HF causal LM in eval mode with its tokenizer, and the teacher that it is compared with, if any.
+
+    `done` are items by id that an earlier run, which was interrupted, has graded: a benchmark that yields its items may pass over them.
+    """
 
     model: Any
     tokenizer: Any
     device: str = "cpu"
     teacher: Teacher | None = None
+    done: Mapping[str, Item] = field(default_factory=dict)
 
 
 class Benchmark(Family):
@@ -95,6 +101,8 @@ class Benchmark(Family):
     needs_teacher: ClassVar[bool] = False
     higher_is_better: ClassVar[dict[str, bool]]
     """The metrics of this benchmark and their direction, in the order in which tables show them."""
+    ceilings: ClassVar[dict[str, float]] = {}
+    """The best value of a metric, where it is known: 1 for a share of right answers, 0 for a divergence."""
 
     @property
     def key(self) -> str:
@@ -114,8 +122,9 @@ class Benchmark(Family):
         """What else decides the cases, beyond the settings: the hash of a data file, the version of a generator."""
         return ""
 
-    def run(self, subject: Subject) -> list[Item]:
-        """Grade every case. The caller sets eval mode and `no_grad`."""
+    def run(self, subject: Subject) -> Iterable[Item]:
+        """Grade every case, or every one that is not in `subject.done`. The caller sets eval mode and `no_grad`, and keeps each item as it
+        comes: one that is yielded is not lost when the run is interrupted."""
         raise NotImplementedError
 
     def samples(self, tokenizer: Any) -> list[Sample]:
@@ -124,16 +133,16 @@ class Benchmark(Family):
 
     def metrics(self, items: Sequence[Item]) -> dict[str, Metric]:
         """Metrics over items; override where one is not a ratio of sums (ECE)."""
-        return {name: ratio(items, name, better) for name, better in self.higher_is_better.items()}
+        return {name: ratio(items, name, better, ceiling=self.ceilings.get(name)) for name, better in self.higher_is_better.items()}
 
 
-def ratio(items: Sequence[Item], name: str, higher_is_better: bool, chance: float | None = None) -> Metric:
+def ratio(items: Sequence[Item], name: str, higher_is_better: bool, chance: float | None = None, ceiling: float | None = None) -> Metric:
     """sum(sums) / sum(counts) of a metric, with the delta-method standard error over items."""
     pairs = [(item.sums[name], item.counts[name]) for item in items if item.counts.get(name)]
     total, count = math.fsum(s for s, _ in pairs), math.fsum(c for _, c in pairs)
     if not count:
-        return Metric(None, None, 0, higher_is_better, chance)
+        return Metric(None, None, 0, higher_is_better, chance, ceiling)
     value, n = total / count, len(pairs)
     squares = math.fsum((s - value * c) ** 2 for s, c in pairs)
     stderr = math.sqrt(squares * n / (n - 1)) / count if n > 1 else None
-    return Metric(value, stderr, n, higher_is_better, chance)
+    return Metric(value, stderr, n, higher_is_better, chance, ceiling)

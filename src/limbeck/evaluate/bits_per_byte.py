@@ -7,6 +7,7 @@ only within one tokenizer. The bytes of a text are the same for all.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from limbeck.evaluate.base import Item, Subject
@@ -30,7 +31,7 @@ class BitsPerByte(HeldOut):
     version: ClassVar[int] = 1
     higher_is_better: ClassVar[dict[str, bool]] = {"bits_per_byte": False}
 
-    def run(self, subject: Subject) -> list[Item]:
+    def run(self, subject: Subject) -> Iterator[Item]:
         import torch
 
         from limbeck.models import head
@@ -52,7 +53,7 @@ class BitsPerByte(HeldOut):
                 for i, sample_id in enumerate(ids)
             ]
 
-        return list(self.graded(self.rendered(subject.tokenizer), subject, grade))
+        yield from self.graded(self.rendered(subject.tokenizer), subject, grade)
 
 
 def bytes_per_token(tokenizer: Any) -> list[int]:

@@ -7,7 +7,7 @@ So a task wants one right answer, as arithmetic has.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from decimal import Decimal, InvalidOperation
 from importlib import metadata
@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 
 from limbeck.errors import LimbeckError, RecipeError, nearest
 from limbeck.evaluate.base import Benchmark, Item, Subject
-from limbeck.evaluate.prompt import PromptStyle, prompt_ids, prompt_text
+from limbeck.evaluate.prompt import PromptStyle, answer_texts, prompt_ids, prompt_text
 from limbeck.log import progress
 
 POOL = 2000
@@ -50,6 +50,7 @@ class ExactMatch(Benchmark):
 
     version: ClassVar[int] = 1
     higher_is_better: ClassVar[dict[str, bool]] = {"accuracy": True, "answered": True}
+    ceilings: ClassVar[dict[str, float]] = {"accuracy": 1.0, "answered": 1.0}
 
     @field_validator("settings")
     @classmethod
@@ -65,26 +66,24 @@ class ExactMatch(Benchmark):
     def fingerprint(self) -> str:
         return f"reasoning-gym {metadata.version('reasoning-gym')}"
 
-    def run(self, subject: Subject) -> list[Item]:
-        from limbeck.generate import eos_ids_of, generate
-        from limbeck.tokens.identity import vocabulary
-
-        entries, tokenizer = self.entries(), subject.tokenizer
-        texts = [prompt_text(tokenizer, entry["question"] + self.suffix, self.prompt, self.key) for entry in entries.values()]
+    def run(self, subject: Subject) -> Iterator[Item]:
+        tokenizer, everything = subject.tokenizer, self.entries()
+        entries = [(index, entry) for index, entry in everything.items() if self._item_id(index) not in subject.done]
+        texts = [prompt_text(tokenizer, entry["question"] + self.suffix, self.prompt, self.key) for _, entry in entries]
         prompts = [prompt_ids(tokenizer, text, self.prompt) for text in texts]
-        eos_ids = eos_ids_of(subject.model, tokenizer)
-        settings = {"pad_id": tokenizer.pad_token_id or 0, "batch_size": self.batch_size, "vocabulary": len(vocabulary(tokenizer))}
-        with progress(f"evaluate {self.key}", len(prompts)) as bar:
-            answers = generate(subject.model, prompts, self.max_new_tokens, eos_ids, advance=bar.advance, **settings)
-        return [
-            self._grade(index, entry, tokenizer.decode(ids, skip_special_tokens=True), ended=ids[-1] in eos_ids)
-            for (index, entry), ids in zip(entries.items(), answers, strict=True)
-        ]
+        with progress(f"evaluate {self.key}", len(everything), len(everything) - len(entries)) as bar:
+            for answers in answer_texts(subject, prompts, self.max_new_tokens, self.batch_size):
+                for number, (text, ended) in answers.items():
+                    yield self._grade(*entries[number], text, ended)
+                bar.advance(len(answers))
+
+    def _item_id(self, index: int) -> str:
+        return f"{self.task}-{self.seed}-{index}"
 
     def _grade(self, index: int, entry: dict[str, Any], text: str, ended: bool) -> Item:
         found = extract(text, self.extract)
         return Item(
-            id=f"{self.task}-{self.seed}-{index}",
+            id=self._item_id(index),
             sums={"accuracy": float(is_same(found, entry["answer"])), "answered": float(ended and found != "")},
             counts={"accuracy": 1.0, "answered": 1.0},
             detail={"question": entry["question"], "text": text, "extracted": found, "expected": entry["answer"]},

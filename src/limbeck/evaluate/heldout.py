@@ -65,13 +65,15 @@ class HeldOut(Benchmark):
         return list({sample.sample_id: sample for sample in samples}.values())
 
     def graded(self, samples: Sequence[Sample], subject: Subject, grade: Callable[[Batch, Tensor], list[Item]]) -> Iterator[Item]:
-        """Items of all samples: `grade` is given each batch and the model's last hidden state `[N, D]` at its scored positions."""
+        """Items of all samples that are not done: `grade` is given each batch and the model's last hidden state `[N, D]` at its scored
+        positions."""
         from limbeck.models import forward
         from limbeck.tokens.pad import pad
 
         pad_id = subject.tokenizer.pad_token_id or 0
-        with progress(f"evaluate {self.key}", len(samples)) as bar:
-            for part in in_batches(samples, lambda sample: len(sample.ids), self.batch_size):
+        left = [sample for sample in samples if item_id(sample.sample_id) not in subject.done]
+        with progress(f"evaluate {self.key}", len(samples), len(samples) - len(left)) as bar:
+            for part in in_batches(left, lambda sample: len(sample.ids), self.batch_size):
                 batch = pad(part, pad_id).to(subject.device)
                 hidden = forward(subject.model, batch.input_ids, batch.position_ids)[0].flatten(0, 1)[batch.scored]
                 yield from grade(batch, hidden)

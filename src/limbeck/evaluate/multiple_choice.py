@@ -1,14 +1,16 @@
-"""Multiple choice by cloze likelihood: the model chooses the answer that it finds most likely behind the question.
+"""Multiple choice in three ways: the likelihood of each answer's text behind the question, that of its letter, or a letter that is written.
 
 Small models answer with letters at chance, whatever they know (they prefer one letter); the likelihood of the answers' own text
-shows what they know.
+shows what they know. Larger ones know more when they see the choices, as one who asks them shows them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import string
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,12 +18,17 @@ from limbeck.cache import resolve_data
 from limbeck.errors import DataError, nearest
 from limbeck.evaluate.base import Benchmark, Item, Metric, Subject, ratio
 from limbeck.evaluate.cases import choose, files_hash, in_batches
-from limbeck.evaluate.prompt import PromptStyle, answer_ids, prompt_ids, prompt_text
+from limbeck.evaluate.likelihood import log_probs, shares_cache
+from limbeck.evaluate.prompt import PromptStyle, answer_ids, answer_texts, prompt_ids, prompt_text
 from limbeck.log import progress
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
+LETTERS = string.ascii_uppercase
+INSTRUCTION = "Answer with the letter of the right choice only."
+SAID = re.compile(r"(?i:answer|choice|option)(?i:\s+is)?\s*:?\s*[(*\"'`]*([A-Z])(?![\w'’])")
+"""A letter behind "answer is", "Answer:", "option" and the like."""
+BEGUN = re.compile(r"[\s(\[*\"'`]*([A-Z])(?:[\s\])*\"'`]*(?:$|[.:,)\]*\n]))")
+"""A letter that the text begins with, and that is no word of a sentence, as `A dog` begins with one."""
+METRICS = {"cloze": ("acc_norm", "acc"), "letter": ("acc",), "generate": ("acc", "answered")}
 KEYS = ("id", "question", "choices", "answer", "passage")
 
 
@@ -53,123 +60,125 @@ class Tokens:
 class MultipleChoice(Benchmark):
     """Rows of `question`, `choices`, `answer` (index of the right one), `id` and, where there is one, `passage`.
 
-    `acc_norm` chooses by log-probability per byte, so that length does not decide; `acc` by log-probability.
+    `acc`: the choice is right, by log-probability, or as written. `acc_norm`, for `cloze`: by log-probability per byte, so that length
+    does not decide. `answered`, for `generate`: the answer has the letter of a choice.
     """
 
     type: Literal["multiple_choice"] = "multiple_choice"
     data: str
     """File, or data set in Limbeck's cache, as JSON lines."""
+    method: Literal["cloze", "letter", "generate"] = "cloze"
+    """`cloze` compares the likelihoods of the choices' texts behind the question, `letter` those of their letters behind a question that
+    lists them, `generate` takes the letter from a greedy answer to it."""
     limit: int | None = Field(None, gt=0)
     """Use this many questions, chosen by the hash of their ids and not by their place in the file."""
     batch_size: int = Field(8, gt=0)
     """Questions per forward, each with all its choices."""
     prompt: PromptStyle = "chat"
     """`chat` asks as a user's turn of the tokenizer's chat template, `plain` as "Question: ... Answer:"; for base models."""
+    max_new_tokens: int = Field(16, gt=0)
+    """Tokens after which an answer is cut, for `generate`."""
 
     version: ClassVar[int] = 1
-    higher_is_better: ClassVar[dict[str, bool]] = {"acc_norm": True, "acc": True}
+    higher_is_better: ClassVar[dict[str, bool]] = {"acc_norm": True, "acc": True, "answered": True}
+    ceilings: ClassVar[dict[str, float]] = {"acc_norm": 1.0, "acc": 1.0, "answered": 1.0}
 
     def check(self) -> None:
-        read_cases(self.data)
+        for case in read_cases(self.data):
+            if self.method != "cloze" and len(case.choices) > len(LETTERS):
+                raise DataError(
+                    f"{case.where}: choices: found {len(case.choices)}, expected at most {len(LETTERS)}, a letter for each; "
+                    "set `method: cloze`"
+                )
 
     def fingerprint(self) -> str:
         return files_hash([self.data])
 
-    def run(self, subject: Subject) -> list[Item]:
-        from limbeck.generate import refuse_longer
-
+    def run(self, subject: Subject) -> Iterator[Item]:
         cases = choose(read_cases(self.data), lambda case: case.id, self.limit)
-        tokens = [self._tokens(case, subject.tokenizer) for case in cases]
-        for each in tokens:
-            refuse_longer(subject.model, len(each.prompt) + max(map(len, each.choices)), each.case.where)
-        items = []
-        with progress(f"evaluate {self.key}", len(tokens)) as bar:
-            for part in in_batches(tokens, lambda each: each.cost, self.batch_size):
-                scores = log_probs(subject, [each.prompt for each in part], [each.choices for each in part])
-                items += [_grade(each.case, score) for each, score in zip(part, scores, strict=True)]
+        left = [case for case in cases if case.id not in subject.done]
+        grade = self._written if self.method == "generate" else self._likeliest
+        with progress(f"evaluate {self.key}", len(cases), len(cases) - len(left)) as bar:
+            for part in grade(left, subject):
+                yield from part
                 bar.advance(len(part))
-        return items
 
     def metrics(self, items: Sequence[Item]) -> dict[str, Metric]:
         chance = sum(1 / item.detail["num_choices"] for item in items) / len(items) if items else None
-        return {name: ratio(items, name, better, chance) for name, better in self.higher_is_better.items()}
+        chances = {"acc": chance, "acc_norm": chance}
+        return {name: ratio(items, name, True, chances.get(name), self.ceilings[name]) for name in METRICS[self.method]}
+
+    def _likeliest(self, cases: Sequence[Case], subject: Subject) -> Iterator[list[Item]]:
+        """Items of a batch after the other, by the likelihoods of the choices' texts or letters."""
+        from limbeck.generate import refuse_longer
+
+        tokens = [self._tokens(case, subject.tokenizer) for case in cases]
+        for each in tokens:
+            refuse_longer(subject.model, len(each.prompt) + max(map(len, each.choices)), each.case.where)
+        shared = shares_cache(subject.model)
+        for part in in_batches(tokens, lambda each: each.cost, self.batch_size):
+            scores = log_probs(subject, [each.prompt for each in part], [each.choices for each in part], shared)
+            yield [_grade(each.case, score, METRICS[self.method]) for each, score in zip(part, scores, strict=True)]
+
+    def _written(self, cases: Sequence[Case], subject: Subject) -> Iterator[list[Item]]:
+        """Items of a batch after the other, by the letters in greedy answers."""
+        texts = [prompt_text(subject.tokenizer, self._question(case), self.prompt, self.key) for case in cases]
+        prompts = [prompt_ids(subject.tokenizer, text, self.prompt) for text in texts]
+        for answers in answer_texts(subject, prompts, self.max_new_tokens, self.batch_size):
+            yield [_grade_text(cases[index], text) for index, (text, _) in answers.items()]
+
+    def _question(self, case: Case) -> str:
+        """The question as it is asked; for letters with its choices."""
+        if self.method == "cloze":
+            return case.question
+        listed = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, case.choices, strict=False)]
+        return "\n".join([case.question, *listed, *([INSTRUCTION] if self.prompt == "chat" else [])])
 
     def _tokens(self, case: Case, tokenizer: Any) -> Tokens:
-        text = prompt_text(tokenizer, case.question, self.prompt, self.key)
+        text = prompt_text(tokenizer, self._question(case), self.prompt, self.key)
+        answers = case.choices if self.method == "cloze" else LETTERS[: len(case.choices)]
         return Tokens(
             case,
             prompt_ids(tokenizer, text, self.prompt),
-            [answer_ids(tokenizer, text, choice, self.prompt) for choice in case.choices],
+            [answer_ids(tokenizer, text, answer, self.prompt) for answer in answers],
         )
 
 
-def _grade(case: Case, scores: Sequence[float]) -> Item:
+def _grade(case: Case, scores: Sequence[float], metrics: Sequence[str] = METRICS["cloze"]) -> Item:
+    """By likelihood: the best score chooses, and for `acc_norm` the best per byte of the choice's text."""
     per_byte = [score / len(choice.encode("utf-8")) for score, choice in zip(scores, case.choices, strict=True)]
     chosen = {"acc_norm": per_byte.index(max(per_byte)), "acc": scores.index(max(scores))}
+    detail = {
+        "chosen": chosen[metrics[0]],
+        "expected": case.answer,
+        "num_choices": len(case.choices),
+        "log_probs": [round(score, 4) for score in scores],
+    }
+    if "acc_norm" in metrics:
+        detail["chosen_unnormalised"] = chosen["acc"]
+    return Item(case.id, {name: float(chosen[name] == case.answer) for name in metrics}, dict.fromkeys(metrics, 1.0), detail)
+
+
+def _grade_text(case: Case, text: str) -> Item:
+    """By what was written: no letter is a wrong answer."""
+    found = extract_letter(text, len(case.choices))
+    chosen = LETTERS.index(found) if found else None
     return Item(
-        id=case.id,
-        sums={name: float(index == case.answer) for name, index in chosen.items()},
-        counts=dict.fromkeys(chosen, 1.0),
-        detail={
-            "chosen": chosen["acc_norm"],
-            "chosen_unnormalised": chosen["acc"],
-            "expected": case.answer,
-            "num_choices": len(case.choices),
-            "log_probs": [round(score, 4) for score in scores],
-        },
+        case.id,
+        {"acc": float(chosen == case.answer), "answered": float(chosen is not None)},
+        {"acc": 1.0, "answered": 1.0},
+        {"text": text, "chosen": chosen, "expected": case.answer, "num_choices": len(case.choices)},
     )
 
 
-def log_probs(subject: Subject, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
-    """log p(choice | prompt) of every choice of every prompt, in nats.
+def extract_letter(text: str, num_choices: int) -> str:
+    """The letter of a choice that the text gives as its answer; empty where there is none, or another than those of the choices.
 
-    A prompt is read once for all its choices, which go on from its KV cache; only the choices' tokens meet the head.
+    The last that is called the answer, else the one that the text begins with. A letter in the midst of a sentence is none: "A" is a word.
     """
-    import torch
-
-    from limbeck.generate import pad_left
-    from limbeck.models import backbone, head
-    from limbeck.teachers.model import observed_log_probs
-    from limbeck.tokens.identity import vocabulary
-
-    decoder, pad_id, device = backbone(subject.model), subject.tokenizer.pad_token_id or 0, subject.device
-    ids, mask = pad_left(prompts, pad_id, device)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    read = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-    owner = torch.tensor([index for index, each in enumerate(choices) for _ in each], device=device)
-    answers = [answer for each in choices for answer in each]
-    targets, real = _pad_right(answers, device)
-    rows = read.last_hidden_state[owner, -1:]
-    if targets.shape[1] > 1:
-        read.past_key_values.batch_select_indices(owner)
-        steps = torch.arange(targets.shape[1] - 1, device=device)
-        seen = torch.cat([mask[owner], torch.ones_like(targets[:, 1:])], dim=1)
-        more = decoder(
-            input_ids=targets[:, :-1],
-            attention_mask=seen,
-            position_ids=positions[owner, -1:] + 1 + steps,
-            past_key_values=read.past_key_values,
-            use_cache=True,
-        )
-        rows = torch.cat([rows, more.last_hidden_state], dim=1)
-    cut = head(subject.model).cut(len(vocabulary(subject.tokenizer)))
-    scores = torch.zeros(targets.shape, dtype=torch.float64)
-    scores[real.cpu()] = observed_log_probs(cut, rows[real], targets[real]).double().cpu()
-    totals = iter(scores.sum(-1).tolist())
-    return [[next(totals) for _ in each] for each in choices]
-
-
-def _pad_right(answers: Sequence[Sequence[int]], device: str) -> tuple[Tensor, Tensor]:
-    """Ids `[M, W]` and which of them are real. Causal attention hides padding that comes last."""
-    import torch
-
-    width = max(map(len, answers))
-    ids = torch.zeros(len(answers), width, dtype=torch.long)
-    real = torch.zeros(len(answers), width, dtype=torch.bool)
-    for row, answer in enumerate(answers):
-        ids[row, : len(answer)] = torch.tensor(answer)
-        real[row, : len(answer)] = True
-    return ids.to(device), real.to(device)
+    said, begun = SAID.findall(text), BEGUN.match(text)
+    found = str(said[-1]) if said else begun.group(1) if begun else ""
+    return found if found in LETTERS[:num_choices] else ""
 
 
 def read_cases(name: str) -> list[Case]:

@@ -1,10 +1,13 @@
-"""A question as the ids of a prompt, as a user's turn of the chat template or as plain text; and the ids of an answer that follows it."""
+"""A question as the ids of a prompt, as a user's turn of the chat template or as plain text; the ids of an answer that follows it, and the
+answers that a model gives."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from limbeck.errors import DataError
+from limbeck.evaluate.base import Subject
 
 PromptStyle = Literal["chat", "plain"]
 
@@ -43,6 +46,21 @@ def answer_ids(tokenizer: Any, text: str, answer: str, style: PromptStyle) -> li
     if both[: len(before)] == before and len(both) > len(before):
         return both[len(before) :]
     return _encode(tokenizer, answer)
+
+
+def answer_texts(
+    subject: Subject, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, keep_special: bool = False
+) -> Iterator[dict[int, tuple[str, bool]]]:
+    """Greedy answers batch by batch, by the index of their prompt: the text, and whether it ended within `max_new_tokens`. Special tokens
+    other than the last are part of the text where `keep_special` says so."""
+    from limbeck.generate import answer_batches, eos_ids_of
+    from limbeck.tokens.identity import vocabulary
+
+    tokenizer, eos_ids = subject.tokenizer, eos_ids_of(subject.model, subject.tokenizer)
+    size = len(vocabulary(tokenizer))
+    for answers in answer_batches(subject.model, prompts, max_new_tokens, eos_ids, tokenizer.pad_token_id or 0, batch_size, size):
+        told = {index: (ids[:-1] if ids[-1] in eos_ids else ids, ids[-1] in eos_ids) for index, ids in answers.items()}
+        yield {index: (tokenizer.decode(ids, skip_special_tokens=not keep_special), ended) for index, (ids, ended) in told.items()}
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

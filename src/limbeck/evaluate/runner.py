@@ -1,27 +1,34 @@
-"""The runner: grades a model with benchmarks, one after the other, and takes results that are already there.
+"""The runner: grades a model with benchmarks, one after the other, and takes results that are already there, and items of unfinished ones.
 
-A result is taken only where the same weights were graded on the same cases with the same settings: a stale one would be believed.
+They are taken only where the same weights were graded on the same cases with the same settings: a stale one would be believed.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from limbeck.errors import DataError, RecipeError, RunError
 from limbeck.evaluate.base import Benchmark, Item, Result, Subject
+from limbeck.evaluate.partial import Partial
 from limbeck.log import say
 from limbeck.run import write_json
 from limbeck.teachers import Teacher
 
+SAME = ("name", "version", "settings", "cases", "subject")
+"""What two results must have in common to be of the same thing."""
+
 
 def evaluate(benchmarks: Sequence[Benchmark], subject: Subject, done: Path | None = None) -> Iterator[Result]:
-    """The result of each benchmark, as it is ready. `done` is a folder of results (NAME.json) that are taken where they still hold."""
+    """The result of each benchmark, as it is ready.
+
+    `done` is a folder of results (NAME.json) that are taken where they still hold; the caller writes what is new into it before asking for
+    the next. Meanwhile the items of a benchmark are kept there as they are graded, and an interrupted one goes on behind them.
+    """
     if not benchmarks:
         return
     if needy := [benchmark.key for benchmark in benchmarks if benchmark.needs_teacher and not _has_teacher(subject.teacher)]:
@@ -39,11 +46,14 @@ def evaluate(benchmarks: Sequence[Benchmark], subject: Subject, done: Path | Non
             cases=benchmark.fingerprint(),
             subject=identity | asked,
         )
+        partial = done / f"{benchmark.key}.partial.jsonl" if done is not None else None
         result = _found(empty, done)
         if result is None:
-            result = _graded(empty, benchmark, subject)
+            result = _graded(empty, benchmark, subject, partial)
         say(_summary(result))
         yield result
+        if partial is not None:
+            partial.unlink(missing_ok=True)
 
 
 def evaluate_model(
@@ -90,33 +100,37 @@ def identify(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _graded(empty: Result, benchmark: Benchmark, subject: Subject) -> Result:
+def _graded(empty: Result, benchmark: Benchmark, subject: Subject, file: Path | None) -> Result:
     import torch
 
-    model, start = subject.model, time.perf_counter()
+    model = subject.model
+    partial = Partial(file, {name: value for name, value in asdict(empty).items() if name in SAME})
+    if partial.items:
+        say(f"{benchmark.key}: goes on behind {len(partial.items)} items that are graded already")
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            items = benchmark.run(subject)
+            graded = _checked(benchmark.key, benchmark.run(replace(subject, done=partial.items)))
+            items = [*partial.items.values(), *partial.collect(graded)]
     finally:
         model.train(was_training)
-    _check_items(benchmark.key, items)
-    return replace(empty, metrics=benchmark.metrics(items), items=items, seconds=time.perf_counter() - start)
-
-
-def _check_items(key: str, items: Sequence[Item]) -> None:
-    """Ids are what two models are compared by; a value that is no number would make the whole mean none."""
     if not items:
-        raise DataError(f"evaluate: {key!r} has no case to grade")
-    ids = [item.id for item in items]
-    if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise DataError(f"evaluate: {key!r} has item {twice!r} twice, expected ids that differ")
+        raise DataError(f"evaluate: {benchmark.key!r} has no case to grade")
+    return replace(empty, metrics=benchmark.metrics(items), items=items, seconds=partial.seconds)
+
+
+def _checked(key: str, items: Iterable[Item]) -> Iterator[Item]:
+    """Ids are what two models are compared by; a value that is no number would make the whole mean none."""
+    seen: set[str] = set()
     for item in items:
+        if item.id in seen:
+            raise DataError(f"evaluate: {key!r} has item {item.id!r} twice, expected ids that differ")
+        seen.add(item.id)
         for name, value in item.sums.items():
             if not math.isfinite(value):
                 raise RunError(f"evaluate: {key!r}: {name} of item {item.id!r} is {value}; the model's outputs are not finite")
+        yield item
 
 
 def _found(wanted: Result, done: Path | None) -> Result | None:
@@ -128,7 +142,7 @@ def _found(wanted: Result, done: Path | None) -> Result | None:
         result = Result.from_json(json.loads(file.read_text(encoding="utf-8")), str(file))
     except (RunError, ValueError):  # of another version of Limbeck, or damaged: it is made anew
         return None
-    same = all(getattr(result, name) == getattr(wanted, name) for name in ("name", "version", "settings", "cases", "subject"))
+    same = all(getattr(result, name) == getattr(wanted, name) for name in SAME)
     return result if same else None
 
 

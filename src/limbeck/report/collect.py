@@ -1,7 +1,8 @@
 """Evidence: what lies in the directory of a study, or of a single run, read once. Nothing is computed here and nothing written.
 
-study.json            name, question, seeds, and every arm's resolved recipe     arms/ARM/seed-N/         a run each
-capture.json          what the capture took                                      references/NAME/evals/   teacher and untrained student
+study.json     name, question, seeds, protocol, every arm's resolved recipe, and an index of records
+records/       finished runs and references                    arms/ARM/seed-N/   runs without a record
+capture.json   what the capture took                           references/NAME/   the same of references
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import RunError
-from limbeck.evaluate.base import Result
+from limbeck.report.records import FOLDER, RunRecord, checked, of_run, read_record
 from limbeck.report.stats import Pair
 from limbeck.run import Run
 
@@ -21,24 +22,6 @@ TEACHER_NLL = "teacher_nll"
 
 REFERENCES = {"teacher": "teacher", "untrained": "untrained"}
 """Rows that are no arms: folder below `references/`, and label."""
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """One run as it lies on disk. `totals` is its run.json."""
-
-    arm: str
-    seed: int
-    recipe: dict[str, Any]
-    totals: dict[str, Any]
-    data: dict[str, Any]
-    environment: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    evals: dict[str, dict[str, Any]]
-
-    @property
-    def is_finished(self) -> bool:
-        return self.totals.get("status") == "finished"
 
 
 @dataclass(frozen=True)
@@ -54,6 +37,25 @@ class Evidence:
     arms: dict[str, list[RunRecord]]
     references: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     capture: dict[str, Any] | None = None
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By arm: its `role` (arm, again, planted), `parent` and `seeds`."""
+    first: str | None = None
+    """The baseline that the study declares."""
+    protocol: dict[str, Any] = field(default_factory=dict)
+    """What was declared before the first run, with its `sha256`."""
+    amendments: list[dict[str, Any]] = field(default_factory=list)
+    """What was declared otherwise after it: `changes` and the `protocol` since then."""
+    tuning: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By arm: validation scores of the rates that were `tried`, and the one `chosen`."""
+
+    @property
+    def judged(self) -> dict[str, Any]:
+        """The protocol that holds: the last one."""
+        return dict(self.amendments[-1]["protocol"]) if self.amendments else self.protocol
+
+    def of_role(self, role: str) -> str | None:
+        """The arm of a role: the control `again` or `planted`."""
+        return next((arm for arm, about in self.about.items() if about.get("role") == role), None)
 
     @property
     def finished(self) -> dict[str, list[RunRecord]]:
@@ -63,7 +65,7 @@ class Evidence:
 
     @property
     def num_expected(self) -> int:
-        return len(self.recipes) * len(self.seeds)
+        return sum(len(self.about.get(arm, {}).get("seeds", self.seeds)) for arm in self.recipes)
 
     @property
     def num_finished(self) -> int:
@@ -72,8 +74,25 @@ class Evidence:
     @property
     def baseline(self) -> str | None:
         """The arm that the others are compared with: the first that is plain fine-tuning (cross-entropy alone), else the first."""
+        if self.first is not None:
+            return self.first if len(self.recipes) > 1 else None
         plain = [arm for arm, recipe in self.recipes.items() if [term["type"] for term in terms(recipe)] == ["ce"]]
         return (plain or list(self.recipes))[0] if len(self.recipes) > 1 else None
+
+    @property
+    def apart(self) -> dict[str, list[str]]:
+        """Arms whose budget differs from the baseline's by declaration, with the keys that say so; none where nothing is declared."""
+        if not self.judged.get("primary") or self.baseline is None:
+            return {}
+        base = self.recipes[self.baseline]
+        found = {}
+        for arm, recipe in self.recipes.items():
+            keys = ["student.arm"] if self.about.get(arm, {}).get("parent") else []
+            keys += [f"train.{key}" for key in ("steps", "epochs", "batch_size") if _at(recipe, "train", key) != _at(base, "train", key)]
+            keys += [part for part in ("student", "source") if recipe.get(part) != base.get(part) and not (keys and part == "student")]
+            if keys:
+                found[arm] = keys
+        return found
 
     def is_text(self, benchmark: str) -> bool:
         """Whether a benchmark measures likeness on held-out text, which is near what arms optimise, and no task."""
@@ -108,6 +127,10 @@ class Evidence:
         return list(first.values())
 
 
+def _at(recipe: dict[str, Any], section: str, key: str) -> Any:
+    return (recipe.get(section) or {}).get(key)
+
+
 def collect(path: Path) -> Evidence:
     """The evidence in a study's or a run's directory."""
     here = Run(path)
@@ -115,7 +138,7 @@ def collect(path: Path) -> Evidence:
         return _study(here)
     if (path / "recipe.json").is_file():
         recipe = here.read_json("recipe.json")
-        record = _record(path, path.name, recipe.get("seed", 0))
+        record = of_run(path, path.name, recipe.get("seed", 0))
         return Evidence(path, False, path.name, "", [record.seed], {record.arm: recipe}, {record.arm: [record]})
     what = "found no study.json or recipe.json" if path.is_dir() else "no such directory"
     raise RunError(f"{path}: {what}, expected the directory of a study or a run")
@@ -125,14 +148,12 @@ def _study(here: Run) -> Evidence:
     study = here.read_json("study.json")
     if lacking := [key for key in ("name", "seeds", "recipes") if key not in study]:
         raise RunError(f"{here.path / 'study.json'}: found no {lacking[0]!r}, expected a file written by `limbeck study`")
-    arms = {
-        arm: [
-            _record(folder, arm, seed)
-            for seed in study["seeds"]
-            if ((folder := here.path / "arms" / arm / f"seed-{seed}") / "recipe.json").is_file()
-        ]
-        for arm in study["recipes"]
-    }
+    index, about = study.get("index", {}), study.get("arms", {})
+    arms: dict[str, list[RunRecord]] = {}
+    for arm in study["recipes"]:
+        recorded = index.get("arms", {}).get(arm, {})
+        found = [_run_of(here.path, arm, seed, recorded.get(str(seed))) for seed in about.get(arm, {}).get("seeds", study["seeds"])]
+        arms[arm] = [record for record in found if record is not None]
     return Evidence(
         path=here.path,
         is_study=True,
@@ -141,30 +162,30 @@ def _study(here: Run) -> Evidence:
         seeds=study["seeds"],
         recipes=study["recipes"],
         arms=arms,
-        references={name: _evals(Run(here.path / "references" / name)) for name in REFERENCES} if study.get("references") else {},
+        references=_references(here, index) if study.get("references") else {},
         capture=here.read_json("capture.json", {}) or None,
+        about=about,
+        first=study.get("baseline"),
+        protocol=study.get("protocol", {}),
+        amendments=study.get("amendments", []),
+        tuning=index.get("tuning", {}),
     )
 
 
-def _record(path: Path, arm: str, seed: int) -> RunRecord:
-    run = Run(path)
-    return RunRecord(
-        arm=arm,
-        seed=seed,
-        recipe=run.read_json("recipe.json"),
-        totals=run.read_json("run.json", {}),
-        data=run.read_json("data.json", {}),
-        environment=run.read_json("environment.json", {}),
-        metrics=[row for row in run.metrics() if {"step", "loss", "scored_tokens"} <= set(row)],
-        evals=_evals(run),
-    )
+def _run_of(path: Path, arm: str, seed: int, recorded: str | None) -> RunRecord | None:
+    """The record that the index names, or what lies in the run's directory so far."""
+    if recorded is not None and (file := path / FOLDER / Path(recorded).name).is_file():
+        return read_record(file)
+    folder = path / "arms" / arm / f"seed-{seed}"
+    return of_run(folder, arm, seed) if (folder / "recipe.json").is_file() else None
 
 
-def _evals(run: Run) -> dict[str, dict[str, Any]]:
-    """Results by benchmark; RunError where a file is none."""
-    found = run.evals()
-    for name, result in found.items():
-        Result.from_json(result, str(run.path / "evals" / f"{name}.json"))
+def _references(here: Run, index: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    found = {}
+    for name in REFERENCES:
+        recorded, folder = index.get("references", {}).get(name), Run(here.path / "references" / name)
+        file = here.path / FOLDER / Path(recorded).name if recorded else None
+        found[name] = read_record(file).evals if file and file.is_file() else checked(folder.evals(), folder.path / "evals")
     return found
 
 

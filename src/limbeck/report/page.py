@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from limbeck.report import plots, summary, tables, words
+from limbeck.report import plots, summary, tables, verdict_words, words
 from limbeck.report.collect import Evidence, collect
+from limbeck.report.judge import Judgement, forgotten, judge
 from limbeck.report.plots import Plot
 from limbeck.report.tables import Table, escape_markdown, to_markdown
 from limbeck.run import write_json
@@ -81,7 +82,9 @@ def make_page(evidence: Evidence) -> Page:
     differences = summary.differences(evidence)
     budgets = summary.budgets(evidence)
     budget_sentence = words.budget_sentence(budgets)
+    judged = judge(evidence)
     sections = [
+        *(_verdicts(evidence, judged) if judged else []),
         Section(
             "Quality",
             [words.caution(evidence)] if words.caution(evidence) else [],
@@ -94,10 +97,13 @@ def make_page(evidence: Evidence) -> Page:
         Section("What the teacher has to give", words.headroom_sentences(summary.headroom(evidence))),
         Section("Training", plots=plots.loss_plots(evidence), note=_LOSS_NOTE),
         Section("Layer maps", plots=plots.layer_map_plots(evidence), note=_LAYERS_NOTE),
+        _forgetting(evidence),
+        Section("Learning rates", tables=[verdict_words.sweep_table(evidence)] if evidence.tuning else []),
+        Section("Answers side by side", tables=[found] if (found := verdict_words.samples_table(evidence)) else []),
         Section("Cost", tables=[tables.costs(evidence)] if evidence.finished else []),
         Section(
             "Equal budgets" if evidence.is_study else "What it was trained on",
-            [budget_sentence] if budget_sentence else [],
+            [sentence for sentence in (budget_sentence, words.apart_sentence(evidence)) if sentence],
             [tables.equal_budgets(evidence, budgets)] if budgets else [],
         ),
         _recipes(evidence),
@@ -108,13 +114,34 @@ def make_page(evidence: Evidence) -> Page:
         kind="study" if evidence.is_study else "run",
         question=evidence.question,
         comparison=words.comparison(evidence),
-        answer=words.answer(evidence, differences),
+        answer=verdict_words.headline(evidence, judged) if judged else words.answer(evidence, differences),
         findings=words.findings(evidence, differences),
-        statement=words.statement(evidence),
+        statement=words.statement(evidence, judged is not None),
         budget_sentence=budget_sentence,
         budgets_differ=any(not budget.is_equal for budget in budgets),
         sections=[section for section in sections if not section.is_empty],
     )
+
+
+def _verdicts(evidence: Evidence, judged: Judgement) -> list[Section]:
+    cost = plots.cost_plot(evidence, judged)
+    drawn = [*([plots.verdict_plot(evidence, judged)] if judged.verdicts else []), *([cost] if cost else [])]
+    return [
+        Section(
+            "Verdicts",
+            [*verdict_words.protocol_sentences(evidence, judged), *verdict_words.gap_sentences(judged)],
+            [verdict_words.verdict_table(evidence, judged)] if judged.verdicts else [],
+            drawn,
+            "Dots are differences, lines their intervals; within the band, a difference is as good as none.",
+            plots_first=True,
+        ),
+        Section("What could be wrong", verdict_words.doubts(evidence, judged)),
+    ]
+
+
+def _forgetting(evidence: Evidence) -> Section:
+    found = forgotten(evidence)
+    return Section("Kept and forgotten", tables=[verdict_words.forgetting_table(evidence, found)] if found else [])
 
 
 _LAYERS_NOTE = (
@@ -162,6 +189,7 @@ def page_to_markdown(page: Page) -> str:
 def to_json(evidence: Evidence) -> dict[str, Any]:
     """The figures, for programs."""
     differences, budgets, headroom = summary.differences(evidence), summary.budgets(evidence), summary.headroom(evidence)
+    judged = judge(evidence)
     keys = [(benchmark, metric) for benchmark, metric, _ in evidence.benchmarks()]
     models: dict[str, dict[str, dict[str, Any]]] = {}
     for label, per_seed in evidence.models():
@@ -176,8 +204,12 @@ def to_json(evidence: Evidence) -> dict[str, Any]:
         "question": evidence.question,
         "seeds": evidence.seeds,
         "num_runs": {"expected": evidence.num_expected, "finished": evidence.num_finished},
-        "statement": words.statement(evidence),
-        "answer": words.answer(evidence, differences),
+        "statement": words.statement(evidence, judged is not None),
+        "answer": verdict_words.headline(evidence, judged) if judged else words.answer(evidence, differences),
+        "judgement": judged.to_json() if judged else None,
+        "protocol": {"sha256": evidence.protocol.get("sha256"), "amendments": [its["changes"] for its in evidence.amendments]},
+        "tuning": evidence.tuning,
+        "forgotten": [asdict(its) for its in forgotten(evidence)],
         "findings": dict(words.findings(evidence, differences)),
         "metrics": {f"{b}/{m}": {k: example.get(k) for k in ("higher_is_better", "chance")} for b, m, example in evidence.benchmarks()},
         "scores": models,

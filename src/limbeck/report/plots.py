@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from limbeck.report.collect import REFERENCES, Evidence, RunRecord
-from limbeck.report.summary import score
+from limbeck.report.collect import REFERENCES, Evidence
+from limbeck.report.judge import Judgement
+from limbeck.report.records import RunRecord
+from limbeck.report.summary import score, total_flops
 from limbeck.report.tables import metric_name
 
 # placeholder -> (variable, light, dark)
@@ -88,6 +90,58 @@ def quality_plots(evidence: Evidence) -> list[Plot]:
                 )
             )
     return plots
+
+
+def verdict_plot(evidence: Evidence, judged: Judgement) -> Plot:
+    """The primary metric's differences with their intervals, and the margin as a band: what is left or right of it matters."""
+    rows = [(f"{arm} − {other}", its, SERIES[0]) for (arm, other), its in judged.verdicts.items()]
+    for its, role in ((judged.again, "again"), (judged.planted, "planted")):
+        if its is not None:
+            rows.append((f"{evidence.of_role(role)} − {evidence.baseline}", its, MUTED))
+    with new_figure(0.6 + 0.34 * len(rows)) as (figure, axes):
+        axes.axvspan(-judged.margin, judged.margin, color=GRID, linewidth=0)
+        axes.axvline(0, color=MUTED, linewidth=0.9)
+        for row, (_, its, colour) in enumerate(reversed(rows)):
+            low, high = its.interval or (its.value, its.value)
+            axes.plot([low, high], [row, row], color=colour, linewidth=1.6)
+            axes.plot([its.value], [row], "o", color=colour, markersize=5)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_yticks(range(len(rows)), [f"{label}\n{its.outcome}" for label, its, _ in reversed(rows)], fontsize=7)
+        axes.margins(x=0.05)
+        axes.locator_params(axis="x", nbins=4)
+        title = f"{judged.benchmark.replace('_', ' ')}: {judged.metric.replace('_', ' ')}, difference"
+        return to_plot(
+            figure, "verdicts", title, f"{title} with intervals: {'; '.join(f'{label} {its.outcome}' for label, its, _ in rows)}"
+        )
+
+
+def cost_plot(evidence: Evidence, judged: Judgement) -> Plot | None:
+    """The primary metric against what it cost: all floating-point operations of student and teacher, a parent's included."""
+    points = []
+    for arm, runs in evidence.finished.items():
+        found = score([run.evals for run in runs], judged.benchmark, judged.metric)
+        spent = [cost for run in runs if (cost := total_flops(run.about)) is not None]
+        if found and found.value is not None and spent:
+            points.append((arm, sum(spent) / len(spent) / 1e12, found.value, found.sd or 0.0))
+    if len(points) < 2:
+        return None
+    colours = arm_colours(evidence)
+    with new_figure(2.2) as (figure, axes):
+        spread_out = max(value for _, _, value, _ in points) - min(value for _, _, value, _ in points)
+        written: dict[float, float] = {}
+        for arm, flops, value, sd in sorted(points, key=lambda point: point[2]):
+            axes.errorbar(flops, value, yerr=sd, fmt="o", color=colours[arm], markersize=5, elinewidth=1.2)
+            # arms of equal cost stand above each other: their names must not
+            place = max(value, written.get(round(flops, 1), -float("inf")) + spread_out / 14)
+            written[round(flops, 1)] = place
+            axes.annotate(arm, (flops, place), xytext=(5, -2), textcoords="offset points", color=colours[arm], fontsize=6.5)
+        axes.set_xlabel("TFLOPs of student and teacher")
+        axes.margins(x=0.25, y=0.15)
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.locator_params(nbins=5)
+        title = f"{judged.benchmark.replace('_', ' ')} {judged.metric.replace('_', ' ')} against compute"
+        named = "; ".join(f"{arm} {value:.3f} for {flops:.1f} TFLOPs" for arm, flops, value, _ in points)
+        return to_plot(figure, "cost", title, f"{title}: {named}; bars are standard deviations over seeds")
 
 
 def loss_plots(evidence: Evidence) -> list[Plot]:

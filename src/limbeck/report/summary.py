@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from limbeck.report.collect import TEACHER_NLL, Evidence, RunRecord, item_pairs
+from limbeck.report.collect import TEACHER_NLL, Evidence, item_pairs
+from limbeck.report.records import RunRecord
 from limbeck.report.stats import mean_over_seeds, paired_difference, ratio, spread
 
 BUDGETS = {
@@ -155,13 +156,22 @@ def cost(runs: Sequence[RunRecord]) -> dict[str, float | None]:
     """What an arm took, on average over its seeds."""
     return {
         "tokens": _over_runs(runs, "tokens"),
-        "scored_tokens": _mean([float(_scored_tokens(run)) for run in runs if run.metrics]),
+        "scored_tokens": _mean([float(run.scored_tokens) for run in runs if run.metrics]),
         "train_seconds": _over_runs(runs, "train_seconds"),
         "tokens_per_second": _over_runs(runs, "tokens_per_second"),
         "teacher_share": _over_runs(runs, "teacher_share"),
         "peak_memory_mb": _over_runs(runs, "peak_memory_mb"),
+        "flops": _mean([spent for run in runs if (spent := total_flops(run.about)) is not None]),
         "evaluation_seconds": _mean([evaluation_seconds(run.evals) for run in runs]),
     }
+
+
+def total_flops(about: dict[str, Any]) -> float | None:
+    """What a run cost, student, teacher and what it started from; None where a part is not known."""
+    own = about.get("compute") or {}
+    parts = [own.get("student_flops"), own.get("teacher_flops"), total_flops(about["parent"]) if "parent" in about else 0.0]
+    known = [float(part) for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
 
 
 def evaluation_seconds(evals: dict[str, dict[str, Any]]) -> float:
@@ -173,22 +183,18 @@ def _over_runs(runs: Sequence[RunRecord], key: str) -> float | None:
 
 
 def budgets(evidence: Evidence) -> list[Budget]:
-    """What must be equal over the finished arms, seed by seed."""
-    found = []
+    """What must be equal over the finished arms, seed by seed; arms that differ by declaration are not asked."""
+    found, apart = [], evidence.apart
     for seed in evidence.seeds:
-        runs = {arm: run for arm, runs in evidence.finished.items() for run in runs if run.seed == seed}
+        runs = {arm: run for arm, runs in evidence.finished.items() for run in runs if run.seed == seed and arm not in apart}
         found += [Budget(seed, field, {arm: _budget(run, field) for arm, run in runs.items()}) for field in BUDGETS if runs]
     return found
 
 
 def _budget(run: RunRecord, field: str) -> Any:
     if field == "scored_tokens":
-        return _scored_tokens(run)
+        return run.scored_tokens
     return run.totals.get(field) if field in ("steps", "tokens") else run.data.get(field)
-
-
-def _scored_tokens(run: RunRecord) -> int:
-    return sum(row["scored_tokens"] for row in run.metrics)
 
 
 def headroom(evidence: Evidence) -> list[Headroom]:

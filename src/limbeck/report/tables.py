@@ -173,9 +173,10 @@ def costs(evidence: Evidence) -> Table:
         Column("tokens/s", "training"),
         Column("teacher’s share", "training", "of the time"),
         Column("peak memory", "training", "MB"),
+        Column("compute", "training", "TFLOPs, teacher and parent included"),
         Column("seconds", "evaluation"),
     ]
-    rows = [Row(label, [Cell("–")] * 6 + [_number(evaluation_seconds(per_seed[0]))], "", True) for label, per_seed in evidence.models()]
+    rows = [Row(label, [Cell("–")] * 7 + [_number(evaluation_seconds(per_seed[0]))], "", True) for label, per_seed in evidence.models()]
     rows = [row for row in rows if row.label not in evidence.recipes]
     for arm, runs in evidence.finished.items():
         took = cost(runs)
@@ -192,6 +193,7 @@ def costs(evidence: Evidence) -> Table:
                     _number(took["tokens_per_second"], 0),
                     Cell("–" if share is None else f"{share:.1%}"),
                     _number(took["peak_memory_mb"], 0),
+                    _number(took["flops"] / 1e12 if took["flops"] is not None else None),
                     _number(took["evaluation_seconds"]),
                 ],
             )
@@ -331,11 +333,11 @@ def print_results(model: str, evals: dict[str, dict[str, Any]]) -> None:
             [
                 _score_cell(found, [found]),
                 Cell(f"{value['num_items']}"),
-                Cell("–" if value.get("chance") is None else f"{value['chance']:.3g}"),
+                *(Cell("–" if value.get(key) is None else f"{value[key]:.3g}") for key in ("chance", "ceiling")),
             ],
         )
         for name, result in evals.items()
         for metric, value in result["metrics"].items()
         if (found := score([evals], name, metric))
     ]
-    print_table(Table("metric", [Column("value"), Column("items"), Column("chance")], rows), model)
+    print_table(Table("metric", [Column("value"), Column("items"), Column("chance"), Column("ceiling")], rows), model)

@@ -27,7 +27,7 @@ def comparison(evidence: Evidence) -> str:
     return f"The same student, trained in {number(len(arms))} {plural('way', len(arms))}{budget}, {seeds}: {listing(arms)}."
 
 
-def statement(evidence: Evidence) -> str:
+def statement(evidence: Evidence, is_judged: bool = False) -> str:
     """What the evidence allows to be said, and what not."""
     unfinished = evidence.num_expected - evidence.num_finished
     prefix = f"{unfinished} of {evidence.num_expected} runs have not finished; this report covers the others. " if unfinished else ""
@@ -40,8 +40,12 @@ def statement(evidence: Evidence) -> str:
             "and nothing about how another seed would turn out. So there is no verdict across seeds."
         )
     return prefix + (
-        f"{finished} seeds: means and standard deviations over seeds, standard errors over items. The test that takes both into account "
-        "comes later; no verdict is claimed here."
+        f"{finished} seeds: means and standard deviations over seeds, standard errors over items. "
+        + (
+            "Verdicts take both into account, on the metric that was declared; everything else here describes."
+            if is_judged
+            else "No primary metric was declared, so no verdict is claimed."
+        )
     )
 
 
@@ -119,7 +123,8 @@ def caution(evidence: Evidence) -> str:
     """Which arm is measured on what it was trained for."""
     trained = {kind: [arm for arm, recipe in evidence.recipes.items() if kind in [t["type"] for t in terms(recipe)]] for kind in OPTIMISED}
     parts = [f"{listing(arms)} {'trains' if len(arms) == 1 else 'train'} for {OPTIMISED[kind]}" for kind, arms in trained.items() if arms]
-    if not evidence.is_study or len(parts) < 2:
+    has_text = any(evidence.is_text(benchmark) for benchmark, _, _ in evidence.benchmarks())
+    if not evidence.is_study or len(parts) < 2 or not has_text:
         return ""
     return f"Read agreement and likelihood with care: {'; '.join(parts)}. Neither can say which student is the better one."
 
@@ -152,6 +157,14 @@ def budget_sentence(found: Sequence[Budget]) -> str:
         return f"Budgets are equal: all arms had the same {listing(list(BUDGETS.values()))} {scope}."
     where = [f"{BUDGETS[budget.field]}" + (f" (seed {budget.seed})" if seeds > 1 else "") + f": {_odd_ones(budget)}" for budget in unequal]
     return f"Budgets are NOT equal. {'; '.join(where)}. A difference between such arms may come from that alone."
+
+
+def apart_sentence(evidence: Evidence) -> str:
+    """The arms that have another budget because the study says so."""
+    if not evidence.apart:
+        return ""
+    arms = listing([f"{arm} ({', '.join(keys)})" for arm, keys in evidence.apart.items()])
+    return f"By declaration these have another budget, which the table of costs shows: {arms}."
 
 
 def _odd_ones(budget: Budget) -> str:

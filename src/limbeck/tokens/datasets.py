@@ -107,12 +107,16 @@ class DataSet(Spec):
     def read(self, held_out: bool = False) -> Chosen:
         """The rows of one side, in their order."""
         counts = {"rows": 0, "left_out": 0, "other_side": 0}
-        conversations = list(self._limited(self._conversations(held_out, counts)))
+        conversations = [conversation for _, conversation in self._limited(self._conversations(held_out, counts))]
         if not counts["rows"]:
             raise DataError(f"{self.name}: found no rows, expected rows with {EXPECTED}")
         return Chosen(self.name, conversations, counts["rows"], counts["left_out"], counts["other_side"])
 
-    def _conversations(self, held_out: bool, counts: dict[str, int]) -> Iterator[Conversation]:
+    def with_rows(self, held_out: bool = False) -> Iterable[tuple[Any, Conversation]]:
+        """The same with each conversation's row, which may have other columns."""
+        return self._limited(self._conversations(held_out, Counter()))
+
+    def _conversations(self, held_out: bool, counts: dict[str, int]) -> Iterator[tuple[Any, Conversation]]:
         convert = _function_named(self.convert) if self.convert is not None else None
         for where, row in self._rows():
             counts["rows"] += 1
@@ -125,14 +129,14 @@ class DataSet(Spec):
             if self.held_out is not None and (_draw(conversation, "held out", self.seed) < self.held_out) != held_out:
                 counts["other_side"] += 1
                 continue
-            yield conversation
+            yield row, conversation
 
-    def _limited(self, conversations: Iterator[Conversation]) -> Iterable[Conversation]:
+    def _limited(self, pairs: Iterator[tuple[Any, Conversation]]) -> Iterable[tuple[Any, Conversation]]:
         if self.limit is None or self.seed is None:
-            return islice(conversations, self.limit)
-        numbered = ((_draw(conversation, "limit", self.seed), number, conversation) for number, conversation in enumerate(conversations))
+            return islice(pairs, self.limit)
+        numbered = ((_draw(pair[1], "limit", self.seed), number, pair) for number, pair in enumerate(pairs))
         drawn = heapq.nsmallest(self.limit, numbered, key=lambda item: item[:2])
-        return [conversation for _, _, conversation in sorted(drawn, key=lambda item: item[1])]
+        return [pair for _, _, pair in sorted(drawn, key=lambda item: item[1])]
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
         if self.path is not None:

@@ -1,0 +1,247 @@
+"""Ledger: which runs a study has, what decides each of them, and what is recorded of them. It trains and writes nothing but the index.
+
+A run is known by the hash of all that decides its result (`key`), so a changed arm runs again and no other does, a benchmark that is added
+is measured alone, and with the records copied or committed a study goes on on another machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from limbeck import protocol
+from limbeck.evaluate import Benchmark
+from limbeck.objectives.base import HiddenTerm
+from limbeck.recipe import Recipe, parse_recipe
+from limbeck.report import records
+from limbeck.report.collect import REFERENCES
+from limbeck.report.records import RunRecord, read_record
+from limbeck.run import Run
+from limbeck.study import Arm, Study, digest
+from limbeck.teachers import ModelTeacher
+
+_SPEED = (
+    "micro_batch_size", "pack_length", "gradient_checkpointing", "head", "head_memory_mb", "checkpoint_every",
+    "keep_checkpoints", "report_to",
+)  # fmt: skip
+"""Settings of `train` that change what a run costs and not what it learns."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run: an arm with a seed, at the rate that is tried or, after tuning, was chosen."""
+
+    arm: str
+    seed: int
+    rate: float | None = None
+    is_tuning: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return Path("tuning", self.arm, f"rate-{self.rate:g}") if self.is_tuning else Path("arms", self.arm, f"seed-{self.seed}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, learning rate {self.rate:g}" if self.is_tuning else f"{self.arm}, seed {self.seed}"
+
+
+class Ledger:
+    """A study's runs, in its directories: `path` for weights and the capture, `results` for records and reports."""
+
+    def __init__(self, study: Study, path: Path | str, results: Path | str | None = None) -> None:
+        self.study, self.path = study, Path(path)
+        self.results = Path(results) if results is not None else self.path
+        self.arms: dict[str, Arm] = study.plan()
+        self._identities: dict[str, dict[str, Any]] = {}
+        self._tried: dict[str, dict[float, float]] = {}
+
+    @property
+    def base(self) -> Recipe:
+        """The baseline's recipe: what all arms share stands in it."""
+        return self.arms[self.study.baseline].recipe
+
+    # what a run is
+
+    def tuning_tasks(self) -> list[Task]:
+        """Runs that choose rates, parents first. Controls take the baseline's rate."""
+        tune = self.study.tune
+        if tune is None:
+            return []
+        grids = {arm.name: tune.of.get(arm.name, tune.learning_rates) for arm in self.arms.values() if arm.role == "arm"}
+        return [Task(arm, tune.seed, rate, True) for arm, rates in grids.items() if len(rates) > 1 for rate in rates]
+
+    def tasks(self) -> list[Task]:
+        """All runs, seed by seed, so that a study that is stopped has whole comparisons to show."""
+        most = max(len(arm.seeds) for arm in self.arms.values())
+        return [
+            Task(arm.name, arm.seeds[n], self.rate_of(arm.name)) for n in range(most) for arm in self.arms.values() if n < len(arm.seeds)
+        ]
+
+    def rate_of(self, arm: str) -> float | None:
+        """The rate that tuning chose, or the only one of its grid; None where there is none to choose."""
+        tuned = arm if self.arms[arm].role == "arm" else self.study.baseline
+        found, tune = self.tried(tuned), self.study.tune
+        if tune is not None and len(tune.of.get(tuned, ())) == 1:
+            return tune.of[tuned][0]
+        if tune is None or not found:
+            return None
+        up = tune.evaluate.higher_is_better
+        best = max if up.get((tune.metric or next(iter(up), "")).partition("/")[0], True) else min
+        return best(sorted(found), key=lambda rate: found[rate])  # of equals the lowest
+
+    def tried(self, arm: str) -> dict[float, float]:
+        """The validation score of every rate of an arm; empty until all of them are there."""
+        if arm in self._tried:
+            return self._tried[arm]
+        tasks = [task for task in self.tuning_tasks() if task.arm == arm]
+        found = {task.rate: self.recorded(task) for task in tasks}
+        if not tasks or None in found.values():
+            return {}
+        assert self.study.tune is not None
+        metrics = {rate: record.evals[self.study.tune.evaluate.key]["metrics"] for rate, record in found.items() if rate and record}
+        values = {rate: its[self.study.tune.metric or next(iter(its))]["value"] for rate, its in metrics.items()}
+        self._tried[arm] = {rate: value for rate, value in values.items() if value is not None}
+        return self._tried[arm]
+
+    def parent(self, task: Task) -> Task | None:
+        """The run whose student this one starts from: of the same seed, or in tuning the parent's best."""
+        parent = self.arms[task.arm].parent
+        if parent is None:
+            return None
+        return Task(parent, task.seed, self.rate_of(parent), task.is_tuning)
+
+    def key(self, task: Task) -> str:
+        """The hash of all that decides the run's result, and of nothing else: no paths, no settings of speed, no benchmarks."""
+        recipe = self._at(task)
+        tree = recipe.to_json()
+        tree["train"] = {key: value for key, value in tree["train"].items() if key not in _SPEED}
+        del tree["evaluate"], tree["capture"]
+        tree["data"] = content_of(recipe)
+        if not asks_teacher(recipe):
+            del tree["teacher"]
+        elif self.study.capture:
+            tree["capture"] = self._captured
+        if parent := self.parent(task):
+            tree["student"] = self.key(parent)
+        return digest(tree)
+
+    def _at(self, task: Task) -> Recipe:
+        """The recipe at a seed and rate, with the live teacher and the parent's untrained student."""
+        changes = [f"seed={task.seed}", *([f"train.optimizer.learning_rate={task.rate!r}"] if task.rate else [])]
+        return parse_recipe(self.arms[task.arm].recipe, changes, where=f"arm {task.arm!r}")
+
+    def recipe(self, task: Task) -> Recipe:
+        """What is trained: the captured teacher, the parent's student, and no benchmark, as grading is apart."""
+        tree = self._at(task).to_json() | {"evaluate": []}
+        if self.study.capture:
+            tree["teacher"] = self.teacher
+        if parent := self.parent(task):
+            tree["student"] = {"model": str(Run(self.path / parent.folder).student)} | (
+                {"lora": tree["student"]["lora"]} if tree["student"].get("lora") else {}
+            )
+        return parse_recipe(tree, where=f"arm {task.arm!r}")
+
+    @property
+    def teacher(self) -> dict[str, Any]:
+        """The teacher that arms are given."""
+        if self.study.capture:
+            return {"type": "store", "path": str(self.path / "teacher")}
+        return dict(self.base.teacher.model_dump(mode="json"))
+
+    @property
+    def _captured(self) -> dict[str, Any] | None:
+        return self.study.capture.model_dump(mode="json", include={"codec", "hidden", "calibrate_on"}) if self.study.capture else None
+
+    @property
+    def teacher_key(self) -> str:
+        return digest([self.base.teacher.model_dump(mode="json"), self._captured])
+
+    # what is there
+
+    def file(self, task: Task) -> Path:
+        kind = "tuning-" if task.is_tuning else ""
+        what = f"rate-{task.rate:g}" if task.is_tuning else f"seed-{task.seed}"
+        return self.results / records.FOLDER / f"{kind}{task.arm}-{what}-{self.key(task)[:12]}.json"
+
+    def recorded(self, task: Task) -> RunRecord | None:
+        """The record of a run with every benchmark that is asked for, or None."""
+        file = self.file(task)
+        record = read_record(file) if file.is_file() else None
+        return record if record and not self.missing(record, self.benchmarks(task)) else None
+
+    def benchmarks(self, task: Task) -> list[Benchmark]:
+        return [self.study.tune.evaluate] if task.is_tuning and self.study.tune else list(self.base.evaluate)
+
+    def missing(self, record: RunRecord, benchmarks: Sequence[Benchmark]) -> list[Benchmark]:
+        """Benchmarks that the record lacks, or has of other cases, settings or another teacher."""
+        return [
+            benchmark
+            for benchmark in benchmarks
+            if any(record.evals.get(benchmark.key, {}).get(name) != value for name, value in self._identity(benchmark).items())
+            or (benchmark.needs_teacher and record.teacher != self.teacher_key)
+        ]
+
+    def _identity(self, benchmark: Benchmark) -> dict[str, Any]:
+        if benchmark.key not in self._identities:
+            self._identities[benchmark.key] = {
+                "version": benchmark.version,
+                "settings": json.loads(benchmark.model_dump_json()),
+                "cases": benchmark.fingerprint(),
+            }
+        return self._identities[benchmark.key]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+        tasks = self.tuning_tasks()
+        if not self.missing_references() and all(self.recorded(task) for task in tasks):
+            return all(self.recorded(task) for task in self.tasks())
+        return False
+
+    def reference_file(self, name: str) -> Path:
+        what = self.base.teacher.model_dump(mode="json") if name == "teacher" else self.base.to_json()["student"]
+        return self.results / records.FOLDER / f"reference-{name}-{digest(what)[:12]}.json"
+
+    def missing_references(self) -> list[str]:
+        """References of which a result is still to be made. A teacher can be measured where it is a live model."""
+        if not self.study.references or not self.base.evaluate:
+            return []
+        names = ["teacher", "untrained"] if isinstance(self.base.teacher, ModelTeacher) else ["untrained"]
+        return [
+            name
+            for name in names
+            if not (file := self.reference_file(name)).is_file() or self.missing(read_record(file), self.base.evaluate)
+        ]
+
+    def index(self) -> None:
+        """Tell the report which records are of this study, and what tuning chose."""
+        tasks = self.tasks()
+        protocol.index(
+            self.results,
+            {
+                "arms": {
+                    arm: {str(task.seed): self.file(task).name for task in tasks if task.arm == arm and self.file(task).is_file()}
+                    for arm in self.arms
+                },
+                "references": {name: file.name for name in REFERENCES if (file := self.reference_file(name)).is_file()},
+                "tuning": {
+                    arm: {"tried": {f"{rate:g}": value for rate, value in self.tried(arm).items()}, "chosen": self.rate_of(arm)}
+                    for arm in dict.fromkeys(task.arm for task in self.tuning_tasks())
+                },
+            },
+        )
+
+
+def asks_teacher(recipe: Recipe) -> bool:
+    """Whether any term of positive weight needs one."""
+    return any(isinstance(term, HiddenTerm) or term.needs(1, 1).output for term in recipe.terms.values())
+
+
+def content_of(recipe: Recipe) -> str:
+    """Hash of the source's files, so that edited data are other data."""
+    from limbeck.evaluate.cases import files_hash
+
+    return files_hash(getattr(recipe.source, "names", []))

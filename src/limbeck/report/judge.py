@@ -1,0 +1,147 @@
+"""Judge: what the declared protocol makes of the runs. Verdicts on the primary metric, the study's checks of itself, the gap recovered.
+
+No words and no layout. `verdict` decides a comparison; here is only which runs are compared, and what the controls say of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from limbeck.report.collect import Evidence, item_pairs
+from limbeck.report.gap import Gap, gap_recovered
+from limbeck.report.records import RunRecord
+from limbeck.report.verdict import Comparison, Run, Verdict, verdicts
+
+State = Literal["sound", "void", "powerless", "unchecked"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was decided. `verdicts` is by (arm, with); `again` compares the A/A twin with the baseline, `planted` the handicapped arm."""
+
+    benchmark: str
+    metric: str
+    higher_is_better: bool
+    margin: float
+    alpha: float
+    verdicts: dict[tuple[str, str], Verdict]
+    again: Verdict | None
+    planted: Verdict | None
+    gaps: dict[str, Gap]
+    lacking: list[tuple[str, str]]
+    """Pairs that are declared and of which runs are missing."""
+
+    @property
+    def state(self) -> State:
+        """`void` where chance beats the baseline, `powerless` where the known handicap was not found, `unchecked` where controls lack."""
+        if self.again is None or self.planted is None or "NO VERDICT" in (self.again.outcome, self.planted.outcome):
+            return "unchecked"
+        if self.again.outcome in ("BEATS", "LOSES"):
+            return "void"
+        return "sound" if self.planted.outcome == "LOSES" else "powerless"
+
+    def to_json(self) -> dict[str, Any]:
+        from dataclasses import asdict
+
+        return {
+            **{name: getattr(self, name) for name in ("benchmark", "metric", "higher_is_better", "margin", "alpha", "state")},
+            "comparisons": [{"arm": arm, "with": other, **asdict(its)} for (arm, other), its in self.verdicts.items()],
+            "again": asdict(self.again) if self.again else None,
+            "planted": asdict(self.planted) if self.planted else None,
+            "gaps": {arm: asdict(gap) for arm, gap in self.gaps.items()},
+        }
+
+
+def judge(evidence: Evidence) -> Judgement | None:
+    """The judgement by the protocol that holds; None where none was declared or nothing can be compared yet."""
+    primary = evidence.judged.get("primary")
+    baseline = evidence.baseline
+    if not primary or baseline is None:
+        return None
+    benchmark = primary["benchmark"]
+    examples = {(name, metric): example for name, metric, example in evidence.benchmarks()}
+    metric = primary["metric"] or next((m for name, m in examples if name == benchmark), "")
+    if (benchmark, metric) not in examples:
+        return None
+    up, margin, alpha = examples[benchmark, metric]["higher_is_better"], primary["margin"], primary["alpha"]
+    runs = {arm: _items(its, benchmark, metric) for arm, its in evidence.finished.items()}
+    pairs = [(arm, other) for arm, other in evidence.judged["compared"]]
+    ready = {f"{arm} and {other}": (arm, other) for arm, other in pairs if runs.get(arm) and runs.get(other)}
+
+    def compared(arm: str, other: str) -> Comparison:
+        return Comparison(*_same_number(runs[arm], runs[other]), higher_is_better=up)
+
+    def control(role: str) -> Verdict | None:
+        arm = evidence.of_role(role)
+        if arm is None or not runs.get(arm) or not runs.get(baseline):
+            return None
+        return verdicts({arm: compared(arm, baseline)}, margin, alpha)[arm]
+
+    found = verdicts({name: compared(*pair) for name, pair in ready.items()}, margin, alpha) if ready else {}
+    teacher = item_pairs(evidence.references.get("teacher", {}), benchmark, metric)
+    gaps = {}
+    if teacher and runs.get(baseline):
+        for arm in runs:
+            if arm != baseline and evidence.about.get(arm, {}).get("role", "arm") == "arm" and runs[arm]:
+                gaps[arm] = gap_recovered(*_same_number(runs[arm], runs[baseline]), teacher, up, alpha)
+    return Judgement(
+        benchmark,
+        metric,
+        up,
+        margin,
+        alpha,
+        {pair: found[name] for name, pair in ready.items()},
+        control("again"),
+        control("planted"),
+        gaps,
+        [pair for pair in pairs if pair not in ready.values()],
+    )
+
+
+def _items(runs: Sequence[RunRecord], benchmark: str, metric: str) -> list[Run]:
+    """The items of every run that was measured so, in the order of the seeds."""
+    found: list[Run] = [item_pairs(run.evals, benchmark, metric) for run in runs]
+    return [items for items in found if items]
+
+
+def _same_number(ours: Sequence[Run], theirs: Sequence[Run]) -> tuple[Sequence[Run], Sequence[Run]]:
+    """The first seeds of both: an arm may have fewer."""
+    count = min(len(ours), len(theirs))
+    return ours[:count], theirs[:count]
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """Items of a task that the student got right before training: how many are still right, and how many are right that were not."""
+
+    benchmark: str
+    metric: str
+    arm: str
+    before: int
+    kept: float
+    gained: float
+    num_items: int
+
+
+def forgotten(evidence: Evidence) -> list[Forgotten]:
+    """What every arm kept of what the student could do before, over right-or-wrong items; means over seeds."""
+    untrained = evidence.references.get("untrained", {})
+    found = []
+    for benchmark, metric, _ in evidence.headlines():
+        before = item_pairs(untrained, benchmark, metric)
+        if evidence.is_text(benchmark) or not _is_binary(before):
+            continue
+        right = {item for item, (total, _) in before.items() if total}
+        for arm, runs in evidence.finished.items():
+            seeds = [items for run in runs if _is_binary(items := item_pairs(run.evals, benchmark, metric))]
+            if seeds and evidence.about.get(arm, {}).get("role", "arm") == "arm":
+                kept = [sum(bool(items[item][0]) for item in right if item in items) for items in seeds]
+                gained = [sum(bool(total) for item, (total, _) in items.items() if item not in right) for items in seeds]
+                found.append(Forgotten(benchmark, metric, arm, len(right), sum(kept) / len(seeds), sum(gained) / len(seeds), len(before)))
+    return found
+
+
+def _is_binary(items: Mapping[str, tuple[float, float]]) -> bool:
+    return bool(items) and all(count == 1 and total in (0, 1) for total, count in items.values())

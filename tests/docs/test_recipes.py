@@ -1,0 +1,56 @@
+"""Every recipe and study that is shipped is valid, those for GPUs too, whose models and data are not here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from limbeck.recipe import load_recipe
+from limbeck.study import load_study
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(
+    file for folder in ("recipes", "src/limbeck/recipes") for file in (ROOT / folder).rglob("*.yaml") if "suites" not in file.parts
+)
+
+
+def test_there_are_some():
+    names = {file.relative_to(ROOT).as_posix() for file in FILES}
+    assert {"recipes/mini/exp1-smollm2/study.yaml", "src/limbeck/recipes/demo/study.yaml"} <= names
+    assert len([name for name in names if name.startswith("recipes/paper/exp")]) == 4
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_it_is_valid(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if "arms" not in yaml.safe_load(file.read_text(encoding="utf-8")):
+        load_recipe(file)
+        return
+    teacher = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    # what teacher.yaml makes is not here
+    study = load_study(file, [f"base.{part}.model={teacher}" for part in ("student", "teacher")] if "mini" in file.parts else [])
+    if "paper" in file.parts or "mini" in file.parts:
+        assert study.primary and study.question, "a study that is to decide says what decides"
+        assert "sft" in study.arms, "and has fine-tuning on the same tokens"
+        assert len(study.seeds) >= 5
+
+
+def test_no_test_question_is_trained_on(monkeypatch):
+    """The data of the first experiment have no question of its tests, and the students' none of the teacher's."""
+    import json
+
+    from limbeck.evaluate import ExactMatch
+
+    folder = ROOT / "recipes" / "mini" / "exp1-smollm2"
+    study = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
+    asked = set()
+    for benchmark in (*study["base"]["evaluate"], study["tune"]["evaluate"]):
+        asked |= {f"Question: {entry['question']}\nAnswer:" for entry in ExactMatch.model_validate(benchmark).entries().values()}
+    rows = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()] for name in ("teacher", "additions")}
+    prompts = {name: {row["prompt"] for row in its} for name, its in rows.items()}
+    assert len(asked) > 220 and len(prompts["teacher"]) == 1600
+    assert not asked & (prompts["teacher"] | prompts["additions"]) and not prompts["teacher"] & prompts["additions"]
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in answers] == [row["prompt"] for row in rows["additions"]]

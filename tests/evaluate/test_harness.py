@@ -1,0 +1,101 @@
+"""lm-evaluation-harness by its adapter, on a local task and tiny models; what needs no harness is tested without it."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+
+import pytest
+
+from helpers import tiny_model
+from limbeck.errors import DataError, RecipeError
+from limbeck.evaluate import Harness, Subject
+from limbeck.evaluate.harness import _items
+from limbeck.evaluate.runner import evaluate
+
+needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
+ROWS = [
+    {"question": "Capital of France?", "choices": ["Paris", "Rome"], "answer": 0},
+    {"question": "Capital of Italy?", "choices": ["Oslo", "Rome", "Bonn", "Bern"], "answer": 1},
+]
+
+
+def sample(doc: int = 0, name: str = "none", **metrics):
+    about = {"doc_id": doc, "doc_hash": "d" * 64, "prompt_hash": "p" * 64, "filter": name, "arguments": [["q", "a"], ["q", "b"]]}
+    return about | metrics | {"metrics": list(metrics)}
+
+
+def test_items():
+    (item,) = _items("t", [sample(acc=1.0, acc_norm=0)], {"acc": True}, {"output_type": "multiple_choice"})
+    assert item.id == f"t/0/{'d' * 12}/{'p' * 12}" and item.sums == {"acc": 1.0, "acc_norm": 0.0} and item.counts["acc"] == 1.0
+    assert item.detail["num_choices"] == 2
+    metrics = Harness(task="t").metrics([item])
+    assert metrics["acc"].chance == 0.5 and metrics["acc"].higher_is_better
+
+
+def test_two_ways_of_reading_an_answer_are_one_item():
+    samples = [sample(name="strict", exact_match=0.0), sample(name="flexible", exact_match=1.0), sample(1, "strict", exact_match=1.0)]
+    items = _items("t", samples, {"exact_match": True}, {"output_type": "generate_until"})
+    assert [item.sums for item in items] == [
+        {"exact_match/strict": 0.0, "exact_match/flexible": 1.0},
+        {"exact_match/strict": 1.0},
+    ]
+    assert Harness(task="t").metrics(items)["exact_match/strict"].chance is None
+
+
+def test_lists_of_answers_count_each_and_directions_are_the_tasks():
+    (item,) = _items("t", [sample(inst=[True, False, True], wer=0.3)], {"wer": False}, {})
+    assert (item.sums["inst"], item.counts["inst"]) == (2.0, 3.0)
+    assert not Harness(task="t").metrics([item])["wer"].higher_is_better
+
+
+def test_a_metric_of_the_whole_corpus_is_none_of_documents():
+    with pytest.raises(DataError, match="no metric of single documents that is a number: bleu"):
+        _items("t", [sample(bleu=("a", "b"))], {}, {})
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_without_the_package_it_says_what_to_install():
+    with pytest.raises(RecipeError, match=r"pip install 'limbeck\[eval\]'"):
+        Harness(task="mmlu").check()
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "capitals.yaml").write_text(
+        f"""task: capitals
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Q: {{{{question}}}}\\nA:"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    return tmp_path
+
+
+@needs_harness
+def test_a_task_of_ones_own(tasks, tokenizer):
+    benchmark = Harness(task="capitals", include_path=str(tasks), name="capitals")
+    benchmark.check()
+    (result,) = evaluate([benchmark], Subject(tiny_model(), tokenizer))
+    assert [item.id.split("/")[:2] for item in result.items] == [["capitals", "0"], ["capitals", "1"]]
+    assert result.metrics["acc"].num_items == 2 and result.metrics["acc"].chance == pytest.approx((1 / 2 + 1 / 4) / 2)
+    assert result.cases.startswith("lm-eval ")
+    (tasks / "capitals.yaml").write_text((tasks / "capitals.yaml").read_text().replace("Q: ", "Question: "))
+    (other,) = evaluate([benchmark], Subject(tiny_model(), tokenizer))
+    assert other.cases != result.cases and {i.id for i in other.items}.isdisjoint(i.id for i in result.items), (
+        "another prompt pairs with nothing"
+    )
+
+
+@needs_harness
+def test_what_is_not_there_is_refused_before_a_model_is_loaded(tasks):
+    with pytest.raises(RecipeError, match=r"found 'capitls', expected one of the harness's .*did you mean 'capitals'"):
+        Harness(task="capitls", include_path=str(tasks)).check()
+    with pytest.raises(RecipeError, match="include_path: found no folder"):
+        Harness(task="capitals", include_path=str(tasks / "none")).check()

@@ -1,0 +1,174 @@
+"""What the protocol makes of runs: verdicts, the study's checks of itself, and the page that says so first."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import fake
+import pytest
+
+from limbeck.report.collect import collect
+from limbeck.report.judge import forgotten, judge
+from limbeck.report.page import build_report
+
+NUM_ITEMS = 80
+ARMS = {"sft": "arm", "logits": "arm", "sft-again": "again", "sft-planted": "planted"}
+"""Arm and role; a study adds the last two."""
+
+
+def result(share: float, seed: int, name: str = "sums", key: str = "") -> dict[str, Any]:
+    """Answers of which this share is right: items are hard or easy for all, and an arm's seed shifts a few."""
+    hard, own = random.Random("items"), random.Random(f"{key}{seed}")
+    right = [float(hard.random() * 0.7 + own.random() * 0.3 < share) for _ in range(NUM_ITEMS)]
+    items = [
+        {
+            "id": f"q{i:03}",
+            "sums": {"accuracy": r},
+            "counts": {"accuracy": 1.0},
+            "detail": {"question": f"Q{i}", "text": "<b>7</b>", "expected": "8"},
+        }
+        for i, r in enumerate(right)
+    ]
+    value = sum(right) / NUM_ITEMS
+    metric = {"value": value, "stderr": 0.05, "num_items": NUM_ITEMS, "higher_is_better": True, "chance": None}
+    return {
+        "name": name,
+        "version": 1,
+        "settings": {"type": "exact_match"},
+        "metrics": {"accuracy": metric},
+        "items": items,
+        "seconds": 1.0,
+    }
+
+
+def study(path: Path, shares: dict[str, float], seeds: int = 5, amendments: list[dict[str, Any]] | None = None, **fewer: int) -> Path:
+    """A study of a declared metric as it lies on disk; a share per arm, teacher and untrained student."""
+    arms = {arm: role for arm, role in ARMS.items() if arm in shares}
+    objectives = {"logits": [{"type": "ce", "weight": 0.2}, {"type": "logits"}]}
+    recipes = {
+        arm: fake.recipe("sft")
+        | {"objective": objectives.get(arm, [{"type": "ce"}]), "evaluate": [{"type": "exact_match", "name": "sums"}]}
+        for arm in arms
+    }
+    protocol = {
+        "sha256": "f" * 64,
+        "primary": {"benchmark": "sums", "metric": "accuracy", "margin": 0.1, "alpha": 0.05, "planted": {}},
+        "compared": [["logits", "sft"]],
+        "seeds": {arm: list(range(seeds)) for arm in arms},
+        "tune": {"learning_rates": [1e-4, 3e-4], "evaluate": {"type": "exact_match", "name": "validation"}},
+        "recipes": {},
+    }
+    about = {arm: {"role": role, "parent": None, "seeds": list(range(fewer.get(arm, seeds)))} for arm, role in arms.items()}
+    tuning = {"sft": {"tried": {"0.0001": 0.3, "0.0003": 0.2}, "chosen": 0.0001}}
+    fake.write_json(
+        path / "study.json",
+        {
+            "format": "limbeck-study",
+            "version": 2,
+            "name": "tiny",
+            "question": "<i>Which?</i>",
+            "seeds": list(range(seeds)),
+            "references": True,
+            "baseline": "sft",
+            "arms": about,
+            "recipes": recipes,
+            "protocol": protocol,
+            "amendments": amendments or [],
+            "index": {"tuning": tuning},
+        },
+    )
+    for arm in arms:
+        for seed in about[arm]["seeds"]:
+            folder = fake.run(path / "arms" / arm / f"seed-{seed}", "sft", seed)
+            for file in (folder / "evals").iterdir():
+                file.unlink()
+            fake.write_json(folder / "evals" / "sums.json", result(shares[arm], seed, key=arm))
+    for name in ("teacher", "untrained"):
+        if name in shares:
+            fake.write_json(path / "references" / name / "evals" / "sums.json", result(shares[name], 0, key=name))
+    return path
+
+
+SOUND = {"sft": 0.45, "logits": 0.75, "sft-again": 0.45, "sft-planted": 0.1, "teacher": 0.9, "untrained": 0.1}
+
+
+def judged(path: Path, shares: dict[str, float], **more: Any) -> Any:
+    found = judge(collect(study(path, shares, **more)))
+    assert found is not None
+    return found
+
+
+def test_a_lead_is_found_and_the_study_checks_out(tmp_path):
+    its = judged(tmp_path / "s", SOUND)
+    verdict = its.verdicts["logits", "sft"]
+    assert verdict.outcome == "BEATS" and verdict.num_seeds == 5 and verdict.num_items == NUM_ITEMS
+    assert its.state == "sound" and its.planted.outcome == "LOSES" and its.again.outcome in ("TIES", "INCONCLUSIVE")
+    assert 0.3 < its.gaps["logits"].value < 0.95 and set(its.gaps) == {"logits"}
+    assert json.loads(json.dumps(its.to_json()))["comparisons"][0]["outcome"] == "BEATS"
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [({"sft-again": 0.8}, "void"), ({"sft-again": 0.1}, "void"), ({"sft-planted": 0.45}, "powerless"), ({"sft-planted": 0.8}, "powerless")],
+)
+def test_controls_that_fail(tmp_path, changes, state):
+    assert judged(tmp_path / "s", SOUND | changes).state == state
+
+
+def test_controls_that_lack(tmp_path):
+    assert judged(tmp_path / "one", SOUND, seeds=1).state == "unchecked"
+    its = judged(tmp_path / "none", {arm: SOUND[arm] for arm in ("sft", "logits")})
+    assert its.state == "unchecked" and its.again is None and its.gaps == {}
+
+
+def test_an_arm_with_fewer_seeds_is_compared_on_them(tmp_path):
+    assert judged(tmp_path / "s", SOUND, logits=3).verdicts["logits", "sft"].num_seeds == 3
+
+
+def test_pairs_without_runs_are_said_to_lack(tmp_path):
+    path = study(tmp_path / "s", {"sft": 0.5, "sft-again": 0.5})
+    its = judge(collect(path))
+    assert its is not None and its.lacking == [("logits", "sft")] and its.verdicts == {}
+    assert "Not judged yet, as runs are missing: logits and sft" in build_report(path).markdown.read_text()
+
+
+def test_what_is_kept_and_gained(tmp_path):
+    path = study(tmp_path / "s", SOUND, seeds=2)
+    (sft, logits) = forgotten(collect(path))
+    before = {item["id"]: item["sums"]["accuracy"] for item in result(SOUND["untrained"], 0, key="untrained")["items"]}
+    right = {name for name, value in before.items() if value}
+    after = [{i["id"]: i["sums"]["accuracy"] for i in result(SOUND["sft"], seed, key="sft")["items"]} for seed in (0, 1)]
+    assert sft.before == len(right) and sft.kept == sum(run[name] for run in after for name in right) / 2
+    assert sft.gained == sum(run[name] for run in after for name in run if name not in right) / 2 and logits.arm == "logits"
+
+
+def test_the_page_says_what_was_decided_and_by_what(tmp_path):
+    path = study(tmp_path / "s", SOUND)
+    paths = build_report(path)
+    markdown, html = paths.markdown.read_text(), paths.html.read_text()
+    assert "logits BEATS sft" in markdown and "checks out" in markdown
+    assert "Hash of the declaration: ffffffffffffffff" in markdown and "margin 0.1" in markdown
+    for title in ("Verdicts", "What could be wrong", "Kept and forgotten", "Learning rates", "Answers side by side"):
+        assert f"## {title}" in markdown and f"<h2>{title}</h2>" in html
+    assert "<b>7</b>" not in html and "<i>Which" not in html, "texts are never markup"
+    assert "0.0001" in markdown and "chosen" in markdown
+    figures = json.loads(paths.json.read_text())
+    assert figures["judgement"]["state"] == "sound" and figures["protocol"]["sha256"] == "f" * 64
+
+
+def test_a_void_study_says_so_first(tmp_path):
+    path = study(tmp_path / "s", SOUND | {"sft-again": 0.8})
+    markdown = build_report(path).markdown.read_text()
+    assert markdown.index("THIS STUDY IS VOID") < markdown.index("BEATS")
+
+
+def test_amendments_are_shown(tmp_path):
+    protocol = {"sha256": "e" * 64, "primary": {"benchmark": "sums", "metric": "accuracy", "margin": 0.5, "alpha": 0.05, "planted": {}}}
+    protocol |= {"compared": [["logits", "sft"]], "seeds": {"sft": [0]}, "tune": None}
+    path = study(tmp_path / "s", SOUND, amendments=[{"changes": ["primary.margin is 0.1 there, 0.5 here"], "protocol": protocol}])
+    markdown = build_report(path).markdown.read_text()
+    assert "AMENDED after runs were made: primary.margin is 0.1 there, 0.5 here" in markdown and "margin 0.5" in markdown
+    assert judge(collect(path)).margin == 0.5
