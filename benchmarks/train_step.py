@@ -15,6 +15,8 @@ alike; the output says whether they do. TRL gets tokens and labels ready made (i
 checkpointing nor bf16, its defaults. What differs: TRL passes a padding mask; its SFTTrainer also computes entropy and accuracy, and its
 GKDTrainer no cross-entropy.
 
+What each loss adds to a step is in `loss_steps.py`.
+
     python benchmarks/train_step.py [--batch-size 8] [--steps 3] [--rounds 5] [--only sft trl_sft] [--json]
 """
 

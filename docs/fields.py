@@ -20,7 +20,7 @@ def fill(text: str) -> str:
 def markdown() -> str:
     """A heading, a description and a table for the recipe, for each of its sections, and for the study."""
     recipe, study = recipe_schema(), study_schema()
-    lines = list(_section("Recipe", recipe, "###"))
+    lines, told = list(_section("Recipe", recipe, "###")), set[str]()
     for key, value in recipe["properties"].items():
         names = [ref.rpartition("/")[2] for ref in _refs(value)]
         if key in FAMILIES:
@@ -30,8 +30,10 @@ def markdown() -> str:
                 lines += _section(f"{key}: {section['properties']['type']['const']}", section, "####")
                 for inner, deeper in section["properties"].items():
                     for member in (recipe["$defs"][ref.rpartition("/")[2]] for ref in _refs(deeper)):
-                        if kind := member["properties"].get("type", {}).get("const"):
-                            lines += _section(f"{key}.{inner}: {kind}", member, "#####")
+                        kind = member["properties"].get("type", {}).get("const")
+                        if kind and (title := f"{key}.{inner}: {kind}") not in told:  # many terms have a weight
+                            told.add(title)
+                            lines += _section(title, member, "#####")
         else:
             for name in names:
                 lines += _section(key, recipe["$defs"][name], "###")

@@ -313,7 +313,7 @@ def test_epochs(tree):
         ),
         (
             {"objective": [{"type": "logits", "divergence": {"type": "jsd", "beta": 1}}]},
-            "objective.0.divergence.beta: found 1, expected a number less than 1",
+            "objective.0.divergence.beta: found 1, expected a number less than or equal to 0.999",
         ),
         ({"objective": [{"type": "logits", "divergence": {"type": "tvd", "beta": 1}}]}, "objective.0.divergence.beta: unknown key"),
         (

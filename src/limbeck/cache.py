@@ -65,7 +65,7 @@ def model_config(name: str, revision: str | None = None) -> dict[str, Any] | Non
         raise ModelError(f"{path}: found {type(config).__name__}, expected a mapping")
     if isinstance(config.get("text_config"), dict):
         config = config["text_config"]
-    for key in ("num_hidden_layers", "hidden_size"):
+    for key in ("num_hidden_layers", "hidden_size", "vocab_size"):
         if key in config and (type(config[key]) is not int or config[key] < 1):
             raise ModelError(f"{path}: {key}: found {config[key]!r}, expected a number from 1")
     return dict(config)

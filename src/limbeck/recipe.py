@@ -161,6 +161,9 @@ class Recipe(Spec):
                 f"evaluate: {needy[0]!r} compares with a teacher, and teacher is {self.teacher.type!r}; set teacher, or remove it"
             )
         check_objective(self)
+        vocabulary, k = self.teacher.provides().vocabulary, getattr(self.capture.codec, "k", 0) if self.capture else 0
+        if vocabulary is not None and k > vocabulary:
+            raise ValueError(f"capture.codec.k: found {k}, expected at most {vocabulary}, the tokens of the teacher")
         return self
 
     @property
@@ -218,6 +221,10 @@ def check_objective(recipe: Recipe) -> None:
     """Refuse a teacher that lacks what the terms need, and say what to set instead."""
     if recipe.objective and not recipe.terms:
         raise ValueError("objective: every weight is 0; expected at least one term with a positive weight")
+    for index, term in enumerate(recipe.objective):
+        if term.weight != 0 and term in recipe.objective[:index]:
+            first = recipe.objective.index(term)
+            raise ValueError(f"objective.{index}: found the same {term.type!r} term as objective.{first}; give one of them both weights")
     provided = recipe.teacher.provides()
     for key, term in recipe.terms.items():
         asks_output = isinstance(term, OutputTerm) and term.needs(1, 1).output

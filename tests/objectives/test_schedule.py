@@ -60,7 +60,8 @@ def test_bad_input(fields, message):
 def test_a_capture_with_a_list_of_temperatures_serves_numbers_only():
     scheduled = term(temperature={"type": "cosine", "start": 4.0, "end": 1.0})
     problem = scheduled.refuses("top_k", {1.0, 4.0})
-    assert problem and "cosine from 4 to 1" in problem and "expected one number of 1, 4" in problem
+    assert problem and "cosine from 4 to 1" in problem and "stored its tail: 1 or 4; set that" in problem
+    assert term(temperature={"type": "linear", "start": 4, "end": 4}).refuses("top_k", {1.0, 4.0}) is None
     assert scheduled.refuses("dense", None) is None
     assert "expected 1, at which tokens were drawn" in scheduled.refuses("sampled", None)
 

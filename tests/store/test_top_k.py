@@ -129,5 +129,5 @@ def test_a_temperature_that_was_not_kept_is_refused_with_the_recipe(base, tmp_pa
     student = {"model": base["teacher"]["model"]}
     recipe = {"student": student, "teacher": {"type": "store", "path": str(path)}, "source": {"type": "dataset", "data": "any"}}
     parse_recipe(recipe | {"objective": [{"type": "logits", "temperature": 2.0}]})
-    with pytest.raises(RecipeError, match=r"'logits' term: found temperature 3, .*: 1, 2; .*with 3 in capture\.codec\.temperatures"):
+    with pytest.raises(RecipeError, match=r"'logits' term: found temperature 3, .*: 1 or 2; .*with 3 in capture\.codec\.temperatures"):
         parse_recipe(recipe | {"objective": [{"type": "logits", "temperature": 3.0}]})

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 States = Mapping[int, "Float[Tensor, 'r d']"]
 """Hidden states of represented tokens by block."""
+COLDEST, HOTTEST = 0.01, 100.0
+"""Temperatures of losses. Of colder ones all distributions are one-hot; of hotter ones float32 sees rounding where they differ."""
 Count = Literal["scored", "represented"]
 LayerPairs = tuple[tuple[int, int], ...]
 
@@ -58,7 +60,7 @@ class Term(Family):
     """Base of the family of terms."""
 
     type: str
-    weight: scheduled(ge=0) = 1.0  # type: ignore[valid-type]
+    weight: scheduled(ge=0, le=1e6) = 1.0  # type: ignore[valid-type]
     """Factor of this term in the loss, per token: a number, or one that changes over the run, `{type: linear, start: 1.0, end: 0.2}`. A
     term of weight 0 is dropped before anything runs."""
 

@@ -140,7 +140,7 @@ class JSD(Divergence):
     """
 
     type: Literal["jsd"] = "jsd"
-    beta: float = Field(0.5, gt=0, lt=1)
+    beta: float = Field(0.5, ge=0.001, le=0.999)
     """The teacher's share of the mixture m. Near 0 it acts like forward KL, near 1 like reverse KL."""
     normalize: bool = False
     """Divide by beta (1 - beta), so that the size of the loss, and with it the best learning rate, does not change with beta."""
@@ -229,9 +229,9 @@ class AlphaBeta(Divergence):
     """
 
     type: Literal["alpha_beta"] = "alpha_beta"
-    alpha: float = Field(0.2, ge=0)
+    alpha: float = Field(0.2, ge=0, le=10)
     """More of it puts weight on tokens where teacher and student differ by a large factor."""
-    beta: float = Field(0.7, ge=0)
+    beta: float = Field(0.7, ge=0, le=10)
     """More of it puts weight on tokens of which the student is sure."""
 
     @model_validator(mode="after")

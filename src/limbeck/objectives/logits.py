@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from limbeck.objectives.base import Needs, OutputTerm
+from limbeck.objectives.base import COLDEST, HOTTEST, Needs, OutputTerm
 from limbeck.objectives.divergences import Divergence, ForwardKL
-from limbeck.objectives.schedule import scheduled
+from limbeck.objectives.schedule import Schedule, scheduled
 from limbeck.spec import member_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Logits(OutputTerm):
     divergence: member_of(Divergence, by_name=True) = ForwardKL()  # type: ignore[valid-type]
     """How the distributions are compared: a name, `reverse_kl`, or a mapping with its parameters, `{type: jsd, beta: 0.1}`. `forward_kl`,
     KL(teacher || student), covers all that the teacher says; `reverse_kl`, KL(student || teacher), seeks modes."""
-    temperature: scheduled(ge=0.01, le=100) = 1.0  # type: ignore[valid-type]
+    temperature: scheduled(ge=COLDEST, le=HOTTEST) = 1.0  # type: ignore[valid-type]
     """Softens both distributions. 1 is the right default for language models; above it the tail of the vocabulary counts for more. A
     number, or a schedule, `{type: cosine, start: 4.0, end: 1.0}`; a capture with a list of temperatures serves numbers only."""
 
@@ -43,19 +43,17 @@ class Logits(OutputTerm):
         if support not in self.divergence.supports:
             known = " and ".join(sorted(self.divergence.supports))
             return f"{self.divergence.type} is defined on {known}, and the teacher gives {support}"
-        if support == "sampled" and self.temperature != 1.0:
-            return f"found temperature {self.temperature:g}, expected 1, at which tokens were drawn; set 1, or capture with another codec"
-        if temperatures is not None and self.schedules.keys() & {"temperature"}:
-            return (
-                f"found temperature {self.temperature:g}, expected one number of {_listed(temperatures)}, for which the capture stored its "
-                "tail; set one of those, or take a live teacher or a capture with the codec exact or quantized"
-            )
-        if temperatures is not None and self.temperature not in temperatures:
-            there = _listed(temperatures)
-            return (
-                f"found temperature {self.temperature:g}, expected one for which the capture stored its tail: {there}; set one of those, "
-                f"or capture again with {self.temperature:g} in capture.codec.temperatures"
-            )
+        temperature = self.temperature
+        if isinstance(temperature, Schedule) and temperature.start == temperature.end:
+            temperature = temperature.start
+        if support == "sampled" and temperature != 1.0:
+            return f"found temperature {temperature:g}, expected 1, at which tokens were drawn; set 1, or capture with another codec"
+        if temperatures is not None and temperature not in temperatures:
+            there = " or ".join(f"{known:g}" for known in sorted(temperatures))
+            other = f"capture again with {temperature:g} in capture.codec.temperatures"
+            if isinstance(temperature, Schedule):
+                other = "take a live teacher or a capture with the codec exact or quantized"
+            return f"found temperature {temperature:g}, expected one for which the capture stored its tail: {there}; set that, or {other}"
         return None
 
     def needs(self, student_layers: int, teacher_layers: int) -> Needs:
@@ -93,7 +91,3 @@ class Logits(OutputTerm):
         from limbeck.objectives.support import Bins
 
         return Bins(self.taught_by(teacher), student, self.temperature)
-
-
-def _listed(temperatures: Collection[float]) -> str:
-    return ", ".join(f"{known:g}" for known in sorted(temperatures))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from limbeck.objectives.base import COLDEST, HOTTEST
 from limbeck.objectives.hidden import MappedHidden
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ class HiddenAsPublished(MappedHidden):
     """
 
     type: Literal["hidden_as_published"] = "hidden_as_published"
-    temperature: float = Field(2.0, gt=0)
+    temperature: float = Field(2.0, ge=COLDEST, le=HOTTEST)
     """T of the softmax over features, 2 in the published configuration."""
 
     def projections(self, num_pairs: int, student_width: int, teacher_width: int, generator: Generator) -> nn.ModuleList:

@@ -62,7 +62,7 @@ class Cosine(Schedule):
         return 0.5 * (1 - math.cos(math.pi * share))
 
 
-def scheduled(ge: float, le: float | None = None) -> Any:
+def scheduled(ge: float, le: float) -> Any:
     """The annotation of a field that is a number within these bounds, or a schedule whose ends are."""
     number = Annotated[float, Field(ge=ge, le=le), Tag("number")]
     schedule = Annotated[member_of(Schedule), AfterValidator(partial(_within, ge, le)), Tag("schedule")]
@@ -73,10 +73,9 @@ def _kind(value: Any) -> str:
     return "schedule" if isinstance(value, dict | Schedule) else "number"
 
 
-def _within(ge: float, le: float | None, schedule: Schedule) -> Schedule:
+def _within(ge: float, le: float, schedule: Schedule) -> Schedule:
     for name in ("start", "end"):
         value = getattr(schedule, name)
-        if value < ge or (le is not None and value > le):
-            expected = f"at least {ge:g}" if le is None else f"{ge:g} to {le:g}"
-            raise ValueError(f"found {name} {value:g}, expected {expected}")
+        if not ge <= value <= le:
+            raise ValueError(f"found {name} {value:g}, expected {ge:g} to {le:g}")
     return schedule

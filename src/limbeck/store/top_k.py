@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
+from limbeck.objectives.base import COLDEST, HOTTEST
 from limbeck.store import entropy
 from limbeck.store.codec import Codec, Support
 
@@ -44,8 +45,8 @@ class TopTokens(Codec):
     @field_validator("temperatures")
     @classmethod
     def _has_one(cls, found: tuple[float, ...]) -> tuple[float, ...]:
-        if 1.0 not in found or min(found) <= 0 or len(set(found)) < len(found):
-            raise ValueError(f"found {list(found)}, expected different positive temperatures, and 1 among them")
+        if 1.0 not in found or min(found) < COLDEST or max(found) > HOTTEST or len(set(found)) < len(found):
+            raise ValueError(f"found {list(found)}, expected different temperatures from {COLDEST:g} to {HOTTEST:g}, and 1 among them")
         return found
 
     @property

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Provides:
     """What a teacher can say, as far as it is known without loading it.
 
-    `layers` are the blocks whose states it can give; None where that is not known before it is loaded. `width` is E. Its output comes on a
-    `support`, at `temperatures`, or at any where that is None.
+    `layers` are the blocks whose states it can give; None where that is not known before it is loaded. `width` is E, and `vocabulary` V
+    with padded rows. Its output comes on a `support`, at `temperatures`, or at any where that is None.
     """
 
     output: bool = False
@@ -28,6 +28,7 @@ class Provides:
     layers: frozenset[int] | None = frozenset()
     num_layers: int | None = None
     width: int | None = None
+    vocabulary: int | None = None
 
 
 class Scorer(Protocol):

@@ -50,7 +50,11 @@ class ModelTeacher(Teacher):
         config = model_config(self.model, self.revision) or {}
         layers = config.get("num_hidden_layers")
         return Provides(
-            output=True, layers=frozenset(range(layers)) if layers else None, num_layers=layers, width=config.get("hidden_size")
+            output=True,
+            layers=frozenset(range(layers)) if layers else None,
+            num_layers=layers,
+            width=config.get("hidden_size"),
+            vocabulary=config.get("vocab_size"),
         )
 
     def prepare(self) -> None:
