@@ -10,7 +10,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from helpers import tiny_model
 from limbeck.errors import DataError
-from limbeck.generate import eos_ids_of, generate, pad_left
+from limbeck.generate import answer_batches, eos_ids_of, generate, pad_left
 from limbeck.models import recompute_activations
 
 EOS, PAD = 2, 2
@@ -108,10 +108,12 @@ def test_under_gradient_checkpointing(model):
     assert generate(changed, PROMPTS, 8, [EOS], PAD) == generate(model, PROMPTS, 8, [EOS], PAD)
 
 
-def test_progress_counts_every_prompt(model):
-    told: list[int] = []
-    generate(model, PROMPTS, 2, [EOS], PAD, batch_size=2, advance=told.append)
-    assert told == [2, 2, 1]
+def test_answers_come_batch_by_batch(model):
+    """As they are ready, by the index of their prompt: together they are what comes at once."""
+    parts = list(answer_batches(model, PROMPTS, 2, [EOS], PAD, batch_size=2))
+    assert [len(part) for part in parts] == [2, 2, 1]
+    together = {index: answer for part in parts for index, answer in part.items()}
+    assert [together[index] for index in range(len(PROMPTS))] == generate(model, PROMPTS, 2, [EOS], PAD)
 
 
 def test_nothing_to_do(model):

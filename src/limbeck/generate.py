@@ -6,7 +6,7 @@ answer under different rules. An item's answer does not depend on what it is bat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,19 +24,12 @@ def generate(
     pad_id: int,
     batch_size: int = 8,
     vocabulary: int | None = None,
-    advance: Callable[[int], object] | None = None,
 ) -> list[list[int]]:
-    """The ids that follow each prompt, in the order of the prompts: at most `max_new_tokens`, the eos that ended them included.
-
-    `advance` is told how many more prompts are done, for a progress bar.
-    """
-    answers: list[list[int]] = [[] for _ in prompts]
+    """The ids that follow each prompt, in the order of the prompts: at most `max_new_tokens`, the eos that ended them included."""
+    answers: dict[int, list[int]] = {}
     for part in answer_batches(model, prompts, max_new_tokens, eos_ids, pad_id, batch_size, vocabulary):
-        for index, answer in part.items():
-            answers[index] = answer
-        if advance is not None:
-            advance(len(part))
-    return answers
+        answers |= part
+    return [answers[index] for index in range(len(prompts))]
 
 
 def answer_batches(

@@ -242,7 +242,6 @@ class Study(Spec):
         arms = {
             name: Arm(name, self._recipe(name, tree, where), self._seeds_of(name), _parent(self.arms[name])) for name, tree in trees.items()
         }
-        arms = {name: arms[name] for name in sorted(arms, key=lambda name: (arms[name].parent is not None, list(trees).index(name)))}
         if self.primary:
             self._check_primary(arms, where)
             arms |= self._controls(arms[self.baseline], trees[self.baseline], where)

@@ -50,7 +50,7 @@ def test_no_test_question_is_trained_on(monkeypatch):
         asked |= {f"Question: {entry['question']}\nAnswer:" for entry in ExactMatch.model_validate(benchmark).entries().values()}
     rows = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()] for name in ("teacher", "additions")}
     prompts = {name: {row["prompt"] for row in its} for name, its in rows.items()}
-    assert len(asked) > 220 and len(prompts["teacher"]) == 1600
+    assert len(asked) == 150 + 100 - 21 and len(prompts["teacher"]) == 1600  # docs/experiments.md tells of the 21 that both ask
     assert not asked & (prompts["teacher"] | prompts["additions"]) and not prompts["teacher"] & prompts["additions"]
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in answers] == [row["prompt"] for row in rows["additions"]]

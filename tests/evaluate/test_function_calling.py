@@ -219,7 +219,7 @@ def test_bad_rows(rows, fields, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"data": []}, "data: found .*expected at least one|data: found none"),
+        ({"data": []}, "data: found \\[\\], expected a file or the name of a data set"),
         ({"data": "x", "categories": []}, "categories: found none, expected at least one"),
         ({"data": {"path": "x", "weight": 2}}, "data: found `weight`, which is for training"),
         ({"data": "x", "prompt": "chat"}, "prompt: found 'chat', expected 'auto', 'template' or 'stated'"),

@@ -30,7 +30,7 @@ def test_items():
     assert item.id == f"t/0/{'d' * 12}/{'p' * 12}" and item.sums == {"acc": 1.0, "acc_norm": 0.0} and item.counts["acc"] == 1.0
     assert item.detail["num_choices"] == 2
     metrics = Harness(task="t").metrics([item])
-    assert metrics["acc"].chance == 0.5 and metrics["acc"].higher_is_better
+    assert metrics["acc"].chance == 0.5 and metrics["acc"].ceiling == 1.0 and metrics["acc"].higher_is_better
 
 
 def test_two_ways_of_reading_an_answer_are_one_item():
@@ -61,6 +61,12 @@ def test_what_is_computed_of_all_documents_is_left_out():
     assert set(item.sums) == {"acc"}
     with pytest.raises(DataError, match="mean over documents: f1"):
         _items("t", [sample(f1=1.0)], {}, {})
+
+
+def test_tasks_are_told_apart_and_paths_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert Harness(task="bbh").key == "bbh" and Harness(task="bbh", name="mine").key == "mine"
+    assert Harness(task="x", include_path="~/tasks").include_path == "/somewhere/tasks"
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")

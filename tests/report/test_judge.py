@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,17 @@ def test_an_arm_with_fewer_seeds_is_compared_on_them(tmp_path):
     assert judged(tmp_path / "s", SOUND, logits=3).verdicts["logits", "sft"].num_seeds == 3
 
 
+def test_runs_are_matched_by_their_seeds(tmp_path):
+    """Seed 1 of one arm is missing: the others are compared with their own seeds, and not with the next ones."""
+    path = study(tmp_path / "s", SOUND, seeds=3)
+    shutil.rmtree(path / "arms" / "logits" / "seed-1")
+    its = judge(collect(path))
+    evals = {arm: [result(SOUND[arm], seed, key=arm) for seed in (0, 2)] for arm in ("sft", "logits")}
+    means = {arm: sum(its["metrics"]["accuracy"]["value"] for its in runs) / 2 for arm, runs in evals.items()}
+    verdict = its.verdicts["logits", "sft"]
+    assert verdict.num_seeds == 2 and verdict.value == pytest.approx(means["logits"] - means["sft"])
+
+
 def test_pairs_without_runs_are_said_to_lack(tmp_path):
     path = study(tmp_path / "s", {"sft": 0.5, "sft-again": 0.5})
     its = judge(collect(path))
@@ -150,7 +162,11 @@ def test_the_page_says_what_was_decided_and_by_what(tmp_path):
     paths = build_report(path)
     markdown, html = paths.markdown.read_text(), paths.html.read_text()
     assert "logits BEATS sft" in markdown and "checks out" in markdown
-    assert "Hash of the declaration: ffffffffffffffff" in markdown and "margin 0.1" in markdown
+    assert (
+        "Declared before the first run: primary metric sums accuracy, margin 0.1" in markdown
+        and "hash ffffffffffffffff" in markdown
+        and "margin 0.1" in markdown
+    )
     for title in ("Verdicts", "What could be wrong", "Kept and forgotten", "Learning rates", "Answers side by side"):
         assert f"## {title}" in markdown and f"<h2>{title}</h2>" in html
     assert "<b>7</b>" not in html and "<i>Which" not in html, "texts are never markup"
@@ -170,5 +186,7 @@ def test_amendments_are_shown(tmp_path):
     protocol |= {"compared": [["logits", "sft"]], "seeds": {"sft": [0]}, "tune": None}
     path = study(tmp_path / "s", SOUND, amendments=[{"changes": ["primary.margin is 0.1 there, 0.5 here"], "protocol": protocol}])
     markdown = build_report(path).markdown.read_text()
-    assert "AMENDED after runs were made: primary.margin is 0.1 there, 0.5 here" in markdown and "margin 0.5" in markdown
+    assert "AMENDED after runs were made: primary.margin is 0.1 there, 0.5 here" in markdown
+    first, last = markdown.index("Declared before the first run"), markdown.index("Judged by the last declaration")
+    assert "margin 0.1" in markdown[first:last] and "margin 0.5" in markdown[last : last + 200], "each with its own margin"
     assert judge(collect(path)).margin == 0.5

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from limbeck.cache import resolve_data
+from limbeck.tokens.datasets import DataSets, sets_of
 
 T = TypeVar("T")
 
@@ -21,6 +22,15 @@ def choose(rows: Iterable[T], key: Callable[[T], str], limit: int | None) -> lis
     for row in rows:
         unique.setdefault(hashlib.sha256(key(row).encode("utf-8")).hexdigest(), row)
     return [unique[name] for name in sorted(unique)[:limit]]
+
+
+def benchmark_data(data: DataSets) -> DataSets:
+    """The data sets of a benchmark: some, and none with a weight. A ValueError else."""
+    if not data:
+        raise ValueError("expected a file or the name of a data set")
+    if any(part.weight is not None for part in sets_of(data)):
+        raise ValueError("found `weight`, which is for training: a benchmark uses every row once")
+    return data
 
 
 def in_batches(rows: Iterable[T], length: Callable[[T], int], batch_size: int) -> list[list[T]]:

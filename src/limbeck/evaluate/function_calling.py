@@ -17,7 +17,7 @@ from limbeck.errors import DataError, nearest
 from limbeck.evaluate.base import Benchmark, Item, Metric, Subject, ratio
 from limbeck.evaluate.call_match import OMITTED, Expected, mismatch, right_arguments
 from limbeck.evaluate.calls import parse
-from limbeck.evaluate.cases import choose
+from limbeck.evaluate.cases import benchmark_data, choose
 from limbeck.evaluate.prompt import answer_texts
 from limbeck.evaluate.tool_prompt import Asker, ToolStyle, asker
 from limbeck.log import progress
@@ -80,19 +80,14 @@ class FunctionCalling(Benchmark):
         "irrelevance": True,
     }
 
-    @field_validator("data", "categories")
-    @classmethod
-    def _some(cls, value: Any) -> Any:
-        if value is not None and not value:
-            raise ValueError("found none, expected at least one")
-        return value
+    _usable = field_validator("data")(benchmark_data)
 
-    @field_validator("data")
+    @field_validator("categories")
     @classmethod
-    def _no_weights(cls, data: DataSets) -> DataSets:
-        if any(part.weight is not None for part in sets_of(data)):
-            raise ValueError("found `weight`, which is for training: a benchmark uses every row once")
-        return data
+    def _some(cls, categories: list[str] | None) -> list[str] | None:
+        if categories is not None and not categories:
+            raise ValueError("found none, expected at least one")
+        return categories
 
     def check(self) -> None:
         self.cases()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib import metadata
@@ -15,12 +16,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from limbeck.errors import DataError, RecipeError, nearest
 from limbeck.evaluate.base import Benchmark, Item, Metric, Subject, ratio
 from limbeck.log import say
 
+SHARES = {"acc", "acc_norm", "exact_match"}
+"""Metrics of the harness that are shares of right answers."""
 COMPUTED_OF_ALL = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "f1", "mcc", "bleu", "chrf", "ter"}
 """Metrics of the harness that are no means over documents unless a task says so."""
 
@@ -45,6 +48,21 @@ class Harness(Benchmark):
 
     version: ClassVar[int] = 1
     higher_is_better: ClassVar[dict[str, bool]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_its_task(cls, tree: Any) -> Any:
+        """Several tasks in one recipe have results of their own."""
+        return (
+            {**tree, "name": tree["task"]}
+            if isinstance(tree, dict) and isinstance(tree.get("task"), str) and not tree.get("name")
+            else tree
+        )
+
+    @field_validator("include_path")
+    @classmethod
+    def _at_home(cls, path: str | None) -> str | None:
+        return os.path.expanduser(path) if path is not None else None
 
     def check(self) -> None:
         if find_spec("lm_eval") is None:
@@ -86,15 +104,21 @@ class Harness(Benchmark):
                 confirm_run_unsafe_code=False,
             )
         except Exception as error:  # tasks are foreign programs, and their data may not be here
+            if "unsafe" in str(error).lower():
+                raise DataError(
+                    f"evaluate: {self.key!r}: {self.task!r} would run code that a model wrote, which Limbeck never does"
+                ) from error
             raise DataError(f"evaluate: {self.key!r}: the harness could not run {self.task!r}: {error or type(error).__name__}") from error
         assert found is not None
         for task, samples in found["samples"].items():
+            if unused := _left_out(samples, found["configs"].get(task, {})):
+                say(f"{self.key}: {task}: left out, as they are no means over documents: {', '.join(unused)}")
             yield from _items(task, samples, found["higher_is_better"].get(task, {}), found["configs"].get(task, {}))
 
     def metrics(self, items: Sequence[Item]) -> dict[str, Metric]:
         names = dict.fromkeys(name for item in items for name in item.sums)
         told = {name: bool(up) for item in items for name, up in item.detail["higher_is_better"].items()}
-        return {name: ratio(items, name, told.get(name, True), _chance(items, name)) for name in names}
+        return {name: ratio(items, name, told.get(name, True), _chance(items, name), _ceiling(name)) for name in names}
 
 
 @lru_cache(maxsize=4)
@@ -112,11 +136,7 @@ def _items(task: str, samples: Sequence[dict[str, Any]], up: dict[str, Any], con
     for sample in samples:
         name = f"{task}/{sample['doc_id']}/{sample['doc_hash'][:12]}/{sample['prompt_hash'][:12]}"
         suffix = "" if len(filters) == 1 else f"/{sample['filter']}"
-        pairs = {
-            metric + suffix: pair
-            for metric in sample["metrics"]
-            if (pair := _pair(sample.get(metric))) is not None and (isinstance(sample[metric], list) or _is_mean(metric, config))
-        }
+        pairs = {metric + suffix: pair for metric in sample["metrics"] if (pair := _usable(sample, metric, config)) is not None}
         if not pairs:
             raise DataError(
                 f"evaluate: task {task!r} has no metric that is a mean over documents: {', '.join(sample['metrics']) or 'none'}"
@@ -131,6 +151,16 @@ def _items(task: str, samples: Sequence[dict[str, Any]], up: dict[str, Any], con
             before.detail | {"higher_is_better": before.detail["higher_is_better"] | directions},
         )
     return list(found.values())
+
+
+def _usable(sample: dict[str, Any], metric: str, config: dict[str, Any]) -> tuple[float, float] | None:
+    """What a document adds to a metric that is a mean over documents, or over the answers in them."""
+    value = sample.get(metric)
+    return _pair(value) if isinstance(value, list) or _is_mean(metric, config) else None
+
+
+def _left_out(samples: Sequence[dict[str, Any]], config: dict[str, Any]) -> list[str]:
+    return [metric for metric in samples[0]["metrics"] if _usable(samples[0], metric, config) is None] if samples else []
 
 
 def _is_mean(metric: str, config: dict[str, Any]) -> bool:
@@ -149,6 +179,10 @@ def _pair(value: Any) -> tuple[float, float] | None:
     if isinstance(value, list) and value and all(isinstance(each, bool) for each in value):
         return float(sum(value)), float(len(value))
     return None
+
+
+def _ceiling(metric: str) -> float | None:
+    return 1.0 if metric.partition("/")[0] in SHARES else None
 
 
 def _chance(items: Sequence[Item], metric: str) -> float | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, field_validator
 
 from limbeck.evaluate.base import Benchmark, Item, Subject
-from limbeck.evaluate.cases import choose, in_batches
+from limbeck.evaluate.cases import benchmark_data, choose, in_batches
 from limbeck.log import progress, say
 from limbeck.tokens.datasets import DataSets, sets_of
 from limbeck.tokens.sample import Conversation, Sample
@@ -33,14 +33,7 @@ class HeldOut(Benchmark):
     batch_size: int = Field(8, gt=0)
     """Conversations per forward."""
 
-    @field_validator("data")
-    @classmethod
-    def _some(cls, data: DataSets) -> DataSets:
-        if not data:
-            raise ValueError("expected a file or the name of a data set")
-        if any(part.weight is not None for part in sets_of(data)):
-            raise ValueError("found `weight`, which is for training: a benchmark uses every row once")
-        return data
+    _usable = field_validator("data")(benchmark_data)
 
     def check(self) -> None:
         self.conversations()

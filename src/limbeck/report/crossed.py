@@ -12,7 +12,7 @@ so that it is never below what seeds alone, or items alone, give. The interval a
     half-width^2 = t(S - 1)^2 * seeds and residual + t(I - 1)^2 * items alone                   (Banerjee 1960)
 
 and not t(df)^2 times their sum with Satterthwaite's df: with 3 seeds a seed variance that is small by luck gives a narrow interval *and*
-a large df, and 5 % become up to 8 % (`test_satterthwaite_is_not_enough_for_three_seeds`). With 10 seeds the two hardly differ.
+a large df, and 5 % become up to 9 % (`test_satterthwaite_is_not_enough_for_three_seeds`). With 10 seeds the two hardly differ.
 """
 
 from __future__ import annotations

@@ -66,26 +66,22 @@ def judge(evidence: Evidence) -> Judgement | None:
     if (benchmark, metric) not in examples:
         return None
     up, margin, alpha = examples[benchmark, metric]["higher_is_better"], primary["margin"], primary["alpha"]
-    runs = {arm: _items(its, benchmark, metric) for arm, its in evidence.finished.items()}
+    runs = {arm: measured for arm, its in evidence.finished.items() if (measured := _by_seed(its, benchmark, metric))}
     pairs = [(arm, other) for arm, other in evidence.judged["compared"]]
-    ready = {f"{arm} and {other}": (arm, other) for arm, other in pairs if runs.get(arm) and runs.get(other)}
-
-    def compared(arm: str, other: str) -> Comparison:
-        return Comparison(*_same_number(runs[arm], runs[other]), higher_is_better=up)
+    matched = {pair: _matched(runs.get(pair[0], {}), runs.get(pair[1], {})) for pair in pairs}
+    ready = {f"{arm} and {other}": (arm, other) for (arm, other), (ours, _) in matched.items() if ours}
 
     def control(role: str) -> Verdict | None:
-        arm = evidence.of_role(role)
-        if arm is None or not runs.get(arm) or not runs.get(baseline):
-            return None
-        return verdicts({arm: compared(arm, baseline)}, margin, alpha)[arm]
+        ours, theirs = _matched(runs.get(evidence.of_role(role) or "", {}), runs.get(baseline, {}))
+        return verdicts({role: Comparison(ours, theirs, up)}, margin, alpha)[role] if ours else None
 
-    found = verdicts({name: compared(*pair) for name, pair in ready.items()}, margin, alpha) if ready else {}
+    found = verdicts({name: Comparison(*matched[pair], up) for name, pair in ready.items()}, margin, alpha) if ready else {}
     teacher = item_pairs(evidence.references.get("teacher", {}), benchmark, metric)
     gaps = {}
-    if teacher and runs.get(baseline):
-        for arm in runs:
-            if arm != baseline and evidence.about.get(arm, {}).get("role", "arm") == "arm" and runs[arm]:
-                gaps[arm] = gap_recovered(*_same_number(runs[arm], runs[baseline]), teacher, up, alpha)
+    for arm in runs if teacher else ():
+        ours, theirs = _matched(runs[arm], runs.get(baseline, {}))
+        if ours and arm != baseline and evidence.about.get(arm, {}).get("role", "arm") == "arm":
+            gaps[arm] = gap_recovered(ours, theirs, teacher, up, alpha)
     return Judgement(
         benchmark,
         metric,
@@ -100,16 +96,18 @@ def judge(evidence: Evidence) -> Judgement | None:
     )
 
 
-def _items(runs: Sequence[RunRecord], benchmark: str, metric: str) -> list[Run]:
-    """The items of every run that was measured so, in the order of the seeds."""
-    found: list[Run] = [item_pairs(run.evals, benchmark, metric) for run in runs]
-    return [items for items in found if items]
+def _by_seed(runs: Sequence[RunRecord], benchmark: str, metric: str) -> dict[int, Run]:
+    """The items of every run that was measured so, by seed in the order of the seeds."""
+    found: dict[int, Run] = {run.seed: item_pairs(run.evals, benchmark, metric) for run in runs}
+    return {seed: items for seed, items in found.items() if items}
 
 
-def _same_number(ours: Sequence[Run], theirs: Sequence[Run]) -> tuple[Sequence[Run], Sequence[Run]]:
-    """The first seeds of both: an arm may have fewer."""
+def _matched(ours: Mapping[int, Run], theirs: Mapping[int, Run]) -> tuple[list[Run], list[Run]]:
+    """Runs of the seeds that both have; an A/A twin, which shares none, in the order of its seeds."""
+    if shared := [seed for seed in ours if seed in theirs]:
+        return [ours[seed] for seed in shared], [theirs[seed] for seed in shared]
     count = min(len(ours), len(theirs))
-    return ours[:count], theirs[:count]
+    return list(ours.values())[:count], list(theirs.values())[:count]
 
 
 @dataclass(frozen=True)

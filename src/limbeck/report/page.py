@@ -129,7 +129,7 @@ def _verdicts(evidence: Evidence, judged: Judgement) -> list[Section]:
     return [
         Section(
             "Verdicts",
-            [*verdict_words.protocol_sentences(evidence, judged), *verdict_words.gap_sentences(judged)],
+            [*verdict_words.protocol_sentences(evidence), *verdict_words.gap_sentences(judged)],
             [verdict_words.verdict_table(evidence, judged)] if judged.verdicts else [],
             drawn,
             "Dots are differences, lines their intervals; within the band, a difference is as good as none.",

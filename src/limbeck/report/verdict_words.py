@@ -53,26 +53,30 @@ def _difference(its: Verdict) -> str:
     return f"{numbers.show(its.value, True)}{between}"
 
 
-def protocol_sentences(evidence: Evidence, judged: Judgement) -> list[str]:
-    """What was declared and when, and what was changed since."""
-    primary = evidence.judged["primary"]
-    seeds = max(len(its) for its in evidence.judged["seeds"].values())
-    sentences = [
-        f"Declared before the first run: primary metric {words(judged.benchmark)} {words(judged.metric)}, margin {judged.margin:g}, "
-        f"alpha {judged.alpha:g} over {len(evidence.judged['compared'])} {plural('comparison', len(evidence.judged['compared']))} (Holm), "
-        f"{seeds} {plural('seed', seeds)}, every recipe"
-        + (
-            f", learning rates to choose from {listing([f'{r:g}' for r in evidence.judged['tune']['learning_rates']])}"
-            if evidence.judged.get("tune")
-            else ""
-        )
-        + f". Hash of the declaration: {evidence.protocol.get('sha256', '')[:16]}.",
-    ]
+def protocol_sentences(evidence: Evidence) -> list[str]:
+    """What was declared before the first run, and everything that was changed since; the last declaration is the one that judges."""
+    sentences = [f"Declared before the first run: {_declared(evidence.protocol)}."]
     for amendment in evidence.amendments:
         sentences.append(f"AMENDED after runs were made: {'; '.join(amendment['changes'])}.")
-    if primary.get("planted"):
-        sentences.append(f"The planted handicap: {_flat(primary['planted'])}.")
+    if evidence.amendments:
+        sentences.append(f"Judged by the last declaration: {_declared(evidence.judged)}.")
+    if planted := evidence.judged["primary"].get("planted"):
+        sentences.append(f"The planted handicap: {_flat(planted)}.")
     return sentences
+
+
+def _declared(protocol: dict[str, Any]) -> str:
+    """The metric and how it decides, seeds, grid and hash of a declaration."""
+    primary, compared, tune = protocol.get("primary"), protocol["compared"], protocol.get("tune")
+    if not primary:
+        return "no metric that decides"
+    seeds = max(len(its) for its in protocol["seeds"].values())
+    rates = f", learning rates to choose from {listing([f'{rate:g}' for rate in tune['learning_rates']])}" if tune else ""
+    return (
+        f"primary metric {words(primary['benchmark'])} {words(primary['metric']) or 'by its first metric'}, margin {primary['margin']:g}, "
+        f"alpha {primary['alpha']:g} over {len(compared)} {plural('comparison', len(compared))} (Holm), {seeds} {plural('seed', seeds)}, "
+        f"every recipe{rates}; hash {protocol['sha256'][:16]}"
+    )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> str:
@@ -184,7 +188,7 @@ def samples_table(evidence: Evidence, limit: int = 6) -> Table | None:
             cells = [Cell(_brief(str(answers[item].get("text", "")))) for answers in shown.values()]
             rows.append(Row(_brief(str(detail.get("question", item)), 160), cells, f"expected: {_brief(expected)}"))
         if rows:
-            caption = f"{words(benchmark)} {words(metric)}, the first seed of every arm; picked by the hash of the question."
+            caption = f"{words(benchmark)} {words(metric)}, the first seed of every arm; the first questions by their ids."
             return Table("question", [Column(label) for label in shown], rows, caption, is_numeric=False)
     return None
 
