@@ -329,7 +329,10 @@ def test_epochs(tree):
         ),
         ({"objective": [{"type": "logits", "temprature": 2}]}, "objective.0.temprature: unknown key; did you mean 'temperature'?"),
         ({"objective": {"type": "ce"}}, "objective: found {'type': 'ce'}, expected a valid list"),
-        ({"teacher": {"type": "modle", "model": "x"}}, "teacher: found type 'modle', expected one of: model, none, store; did you mean"),
+        (
+            {"teacher": {"type": "modle", "model": "x"}},
+            "teacher: found type 'modle', expected one of: model, none, server, store; did you mean",
+        ),
         ({"source": {"type": "datasets"}}, "source: found type 'datasets', expected one of: dataset; did you mean 'dataset'?"),
         ({"source": {"data": []}}, "source.data: found nothing"),
         ({"source": {"data": 5}}, "source.data: found 5, expected a file or the name of a data set, a mapping, or a list of these"),
@@ -382,7 +385,9 @@ def test_what_capturing_needs(tree, tmp_path):
     section = {"capture": {"path": "new"}}
     write_store(tmp_path / "store")
     for teacher in ({"type": "none"}, {"type": "store", "path": "store"}):
-        with pytest.raises(RecipeError, match=f"^teacher.type: found {teacher['type']!r}, expected 'model': only a live teacher can be"):
+        with pytest.raises(
+            RecipeError, match=f"^teacher.type: found {teacher['type']!r}, expected one of 'model', 'server': only a teacher"
+        ):
             parse_recipe(tree | section | {"teacher": teacher}).for_capture()
     with pytest.raises(RecipeError, match=r"^capture\.layers: found 6, expected 0 to 5, the teacher's blocks$"):
         parse_recipe(tree | TEACHER | {"capture": {"path": "new", "layers": [0, 6, 7]}}).for_capture()

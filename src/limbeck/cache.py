@@ -52,6 +52,12 @@ def resolve_model(name: str) -> str:
     return name
 
 
+def resolve_tokenizer(name: str) -> str:
+    """As `resolve_model`; a folder may hold a tokenizer alone."""
+    path = Path(os.path.expanduser(name))
+    return str(path) if os.path.isfile(path / "tokenizer_config.json") else resolve_model(name)
+
+
 def model_config(name: str, revision: str | None = None) -> dict[str, Any] | None:
     """The config.json of a model as plain JSON, without torch; None where it is neither local nor in the hub's cache."""
     path = model_file(name, "config.json", revision)

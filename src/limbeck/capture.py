@@ -6,6 +6,7 @@ Any number of workers (torchrun) share the shards; what they write does not depe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from limbeck.calibration import Signals, calibration_split, hidden_error, score
 from limbeck.distributed import World
 from limbeck.errors import StoreError
 from limbeck.log import progress, say
-from limbeck.models import load_tokenizer, weights_hash
+from limbeck.models import load_tokenizer
 from limbeck.objectives.base import Needs
-from limbeck.recipe import Recipe, parse_recipe, require_files
+from limbeck.recipe import Recipe, parse_recipe, require_files, tokenizer_name
 from limbeck.run import environment
 from limbeck.store.certificate import certify
 from limbeck.store.choose import Target, choose, chosen
@@ -40,11 +41,15 @@ from limbeck.store.plan import Plan, Wanted, make_plan, once
 from limbeck.store.reader import StoreReader
 from limbeck.store.verify import Damage, damages
 from limbeck.store.writer import StoreWriter, collect, part_of, write_head, write_model
-from limbeck.teachers.model import ModelTeacher
+from limbeck.teachers.model import ModelScorer
+from limbeck.teachers.server import ServerScorer
 from limbeck.tokens.identity import template_hash, vocabulary_hash
+from limbeck.tokens.pad import pad
 from limbeck.tokens.sample import Sample
 from limbeck.tokens.spelling import Spelling
 
+SAME_TEACHER = 0.1
+"""Nats by which a served teacher's log-probabilities may be off on average when it is asked again: other batches, other hardware."""
 SPELT = 32
 """Samples by which it is told whether a tokenizer's tokens spell the text."""
 
@@ -92,16 +97,14 @@ class _Capture:
     def __init__(self, recipe: Recipe, world: World) -> None:
         self.spec, self.needs, self.hidden = recipe.for_capture()
         self.world, self.folder = world, self.spec.folder
-        assert isinstance(recipe.teacher, ModelTeacher)
         self.teacher, self.student = recipe.teacher, recipe.student
-        named = recipe.student or recipe.teacher
-        self.tokenizer = load_tokenizer(named.model, named.revision)
+        self.tokenizer = load_tokenizer(*tokenizer_name(recipe))
         self.source = recipe.source.open(self.tokenizer, recipe.seed).samples
         groups: list[tuple[Sequence[Sample], Needs]] = [(self.source, self.needs)]
         groups += [(benchmark.samples(self.tokenizer), Needs(output=True)) for benchmark in recipe.evaluate]
         self.wanted = once(groups)
         self.spelling = Spelling(self.tokenizer)
-        self.scorer = self.teacher.open(self.tokenizer, self.needs, world.device)
+        self.scorer: ModelScorer | ServerScorer = self.teacher.open(self.tokenizer, self.needs, world.device)
         for samples, _ in groups:
             self.scorer.require(samples)
 
@@ -131,18 +134,21 @@ class _Capture:
         if has_manifest(Place(self.folder)):
             manifest = collect(self.folder)
             names = ("codec", "vocabulary", "vocabulary_hash", "template_hash", "layers", "hidden", "observed", "byte_offsets")
-            # a teacher is told by its weights; its name may be another path to them
-            teacher = {f"teacher.{name}": getattr(identity.teacher, name) for name in TeacherIdentity.model_fields}
-            wanted = {field: value for field, value in teacher.items() if field not in ("teacher.name", "teacher.revision")}
+            # a teacher is told by its weights, and its name may be another path to them; one that runs elsewhere by its name and its words
+            unsaid = () if identity.teacher.weights_sha256 is None else ("name", "revision")
+            fields = [name for name in TeacherIdentity.model_fields if name not in unsaid]
+            wanted = {f"teacher.{name}": getattr(identity.teacher, name) for name in fields}
             wanted |= {name: getattr(identity, name) for name in names} | self.spec.codec_in(manifest)
             refuse_other(self.spec.path, manifest, wanted)
+            if identity.teacher.weights_sha256 is None:
+                self._refuse_another_teacher()
             self._restore(manifest)
         else:
             manifest = self._calibrated(identity, self.spec.target)
             if manifest.codec.needs_head:
                 manifest = manifest.model_copy(update={"head": write_head(self.folder, self.scorer.head)})
             if not manifest.byte_offsets:
-                say(f"{self.folder}: the tokens of {self.teacher.model} do not spell its text; places in the text are left out")
+                say(f"{self.folder}: the tokens of {self.scorer.name} do not spell its text; places in the text are left out")
             write_manifest(self.folder, manifest)
         plan = self._plan(manifest)
         if plan and plan.its not in manifest.passes:
@@ -163,25 +169,12 @@ class _Capture:
             check_file(place, stored)
 
     def _identity(self) -> Manifest:
-        scorer = self.scorer
-        # few bits mean nothing without their scales, which are no parameters
-        weights = scorer.model.state_dict() if self.teacher.load_in else dict(scorer.model.named_parameters())
         return Manifest(
             codec=self.spec.codec,
             target=self.spec.target.model_dump() if self.spec.target else None,
             temperatures=self.spec.codec.serves,
-            teacher=TeacherIdentity(
-                name=self.teacher.model,
-                revision=self.teacher.revision,
-                dtype=self.teacher.dtype,
-                load_in=self.teacher.load_in,
-                weights_sha256=weights_hash(weights),
-                num_layers=scorer.num_layers,
-                width=scorer.width,
-                head_scale=scorer.head.scale,
-                head_soft_cap=scorer.head.soft_cap,
-            ),
-            vocabulary=scorer.vocabulary,
+            teacher=self.teacher.identity(self.scorer),
+            vocabulary=self.scorer.vocabulary,
             vocabulary_hash=vocabulary_hash(self.tokenizer),
             template_hash=template_hash(self.tokenizer),
             layers=tuple(sorted(self.needs.layers)),
@@ -191,6 +184,20 @@ class _Capture:
             model=None,
             packages=environment()["packages"],
         )
+
+    def _refuse_another_teacher(self) -> None:
+        """Ask a teacher of unknown weights for a conversation that the store holds: behind its name may be another model by now."""
+        reader = StoreReader(self.folder)
+        asked = (one for one in self.wanted if one.sample.num_scored and not reader.missing([one.sample], one.needs)[0])
+        for one in islice(asked, 1):
+            batch, signal = score(self.scorer, [one], self.world.device)
+            kept = reader.read(batch, Needs(output=True))
+            assert signal.observed is not None and kept.observed is not None
+            if (error := float((signal.observed - kept.observed).abs().mean())) > SAME_TEACHER:
+                raise StoreError(
+                    f"store {self.spec.path!r}: holds another teacher: {self.scorer.name!r} now finds the same tokens {error:.2f} nats "
+                    f"more or less likely, expected at most {SAME_TEACHER}. Set capture.path to a new folder, or delete this one"
+                )
 
     def _calibrated(self, manifest: Manifest, target: Target | None = None) -> Manifest:
         """Fit the codecs on some documents of the source, write what they fitted, and measure on others what is lost; with a target, choose
@@ -214,7 +221,9 @@ class _Capture:
             error = {layer: hidden_error(self.hidden, part_of(model, f"hidden.{layer}"), others.hidden(layer)) for layer in manifest.layers}
         certificate = None
         if others.samples and not isinstance(codec, Exact):
-            certificate = certify(codec, head, of_output, others.outputs, others.of_student(self.student) if self.student else None)
+            # a gradient wants the tokens that were not told, too
+            student = others.of_student(self.student) if self.student and not manifest.teacher.told else None
+            certificate = certify(codec, head, of_output, others.outputs, student)
         if target and certificate:
             say(f"{self.folder}: chose {chosen(codec, target, certificate)}")
         ids = tuple(sample.sample_id for sample in fitted.samples) if model else ()
@@ -231,12 +240,17 @@ class _Capture:
 
     def _write(self, manifest: Manifest, shards: Sequence[tuple[int, Sequence[Sequence[Wanted]]]]) -> None:
         model = load_file(self.folder / MODEL) if manifest.model else {}
-        total = sum(len(batch) for _, batches in shards for batch in batches)
-        with StoreWriter(self.folder, manifest, self.scorer.head, model) as writer, progress("capture the teacher", total) as bar:
+        coming = [part for _, batches in shards for part in batches]
+        with (
+            StoreWriter(self.folder, manifest, self.scorer.head, model) as writer,
+            progress("capture the teacher", sum(map(len, coming))) as bar,
+        ):
             for number, batches in shards:
                 for part in batches:
+                    self.scorer.expect([pad([one.sample for one in its], 0) for its in coming[:2]])
+                    coming = coming[1:]
                     batch, signal = score(self.scorer, part, self.world.device)
                     spelling = [self.spelling.lengths(one.sample) if manifest.byte_offsets else None for one in part]
                     writer.add(batch, signal, [one.needs.layers for one in part], spelling)
-                    bar.advance(len(part))
+                    bar.advance(len(part), note=getattr(self.scorer, "note", ""))
                 writer.end_shard(number)

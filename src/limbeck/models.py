@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from limbeck.cache import cached_models, resolve_model
+from limbeck.cache import cached_models, resolve_model, resolve_tokenizer
 from limbeck.errors import ModelError, RunError, nearest
 from limbeck.log import warn
 from limbeck.objectives.head import Head
@@ -58,10 +58,10 @@ def fetch_config(name: str, revision: str | None = None) -> None:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """The tokenizer beside a model."""
+    """The tokenizer beside a model, or in a folder of its own."""
     from transformers import AutoTokenizer
 
-    source = resolve_model(name)
+    source = resolve_tokenizer(name)
     with _named(name, "tokenizer"), _quiet():
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
 

@@ -183,8 +183,13 @@ class Recipe(Spec):
         """The capture section, what is to be captured of the source, and how its hidden states are kept."""
         if self.capture is None:
             raise RecipeError("capture: missing; expected a section with the `path` of the store to write")
-        if self.teacher.type != "model":
-            raise RecipeError(f"teacher.type: found {self.teacher.type!r}, expected 'model': only a live teacher can be captured")
+        if not self.teacher.computes:
+            able = ", ".join(repr(name) for name, teacher in Teacher.members.items() if teacher.computes)
+            raise RecipeError(
+                f"teacher.type: found {self.teacher.type!r}, expected one of {able}: only a teacher that computes is captured"
+            )
+        if problem := self.teacher.refuses_codec(self.capture.codec, self.capture.target is not None):
+            raise RecipeError(f"capture.codec: {problem}")
         refuse_foreign(self.capture.path)
         provided = self.teacher.provides()
         layers = self.capture.layers
@@ -197,9 +202,12 @@ class Recipe(Spec):
             else:
                 layers = []
         if provided.layers is not None and (beyond := sorted(set(layers) - provided.layers)):
-            raise RecipeError(f"capture.layers: found {beyond[0]}, expected 0 to {max(provided.layers)}, the teacher's blocks")
-        dtype = getattr(self.teacher, "dtype", "float32")
-        hidden = self.capture.hidden or HiddenCodec.members[dtype]()  # type: ignore[call-arg]
+            expected = (
+                f"0 to {max(provided.layers)}, the teacher's blocks" if provided.layers else f"none of a {self.teacher.type!r} teacher"
+            )
+            raise RecipeError(f"capture.layers: found {beyond[0]}, expected {expected}")
+        dtype = getattr(self.teacher, "dtype", None)
+        hidden = self.capture.hidden or HiddenCodec.members[dtype or "float32"]()  # type: ignore[call-arg]
         if has_manifest(Place(self.capture.path)):
             manifest = read_manifest(self.capture.path)
             needed = {
@@ -257,6 +265,15 @@ def check_layers(recipe: Recipe) -> None:
                 f"objective: the {key!r} term maps teacher blocks {lacking}, the capture holds {sorted(provided.layers)}; "
                 "capture again with capture.layers, or map those"
             )
+
+
+def tokenizer_name(recipe: Recipe) -> tuple[str, str | None]:
+    """Name and revision of the tokenizer that renders the data: the student's, else the teacher's."""
+    if recipe.student is not None:
+        return recipe.student.model, recipe.student.revision
+    if (named := recipe.teacher.speaks) is None:
+        raise RecipeError("student: missing; expected a model whose tokenizer renders the data")
+    return named  # type: ignore[no-any-return]
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -11,14 +11,13 @@ import torch
 
 from limbeck.calibration import score
 from limbeck.errors import RecipeError, StoreError
-from limbeck.models import load_tokenizer, weights_hash
+from limbeck.models import load_tokenizer
 from limbeck.objectives.base import Needs
-from limbeck.recipe import Recipe
+from limbeck.recipe import Recipe, tokenizer_name
 from limbeck.store.certificate import means, measure
 from limbeck.store.manifest import Manifest, refuse_other
 from limbeck.store.plan import Wanted
 from limbeck.store.reader import StoreReader
-from limbeck.teachers.model import ModelTeacher
 from limbeck.tokens.identity import template_hash, vocabulary_hash
 from limbeck.tokens.sample import Sample
 
@@ -29,18 +28,18 @@ BATCH = 8
 def remeasure(path: str | Path, recipe: Recipe, count: int) -> dict[str, Any]:
     """The certificate's measures on up to `count` of the recipe's samples that the store holds and was not fitted on, and `observed_error`:
     the mean difference of the targets' log-probabilities, which every store keeps in float16."""
-    if not isinstance(recipe.teacher, ModelTeacher):
-        raise RecipeError(f"teacher.type: found {recipe.teacher.type!r}, expected 'model': the teacher that was captured")
+    if not recipe.teacher.computes:
+        raise RecipeError(f"teacher.type: found {recipe.teacher.type!r}, expected 'model' or 'server': the teacher that was captured")
     reader = StoreReader(path)
-    named = recipe.student or recipe.teacher
-    tokenizer = load_tokenizer(named.model, named.revision)
+    tokenizer = load_tokenizer(*tokenizer_name(recipe))
     hashes = {"vocabulary_hash": vocabulary_hash(tokenizer), "template_hash": template_hash(tokenizer)}
     _refuse_another(path, reader.manifest, hashes)
     samples = _held(reader, recipe.source.open(tokenizer, recipe.seed).samples, count)
     if not samples:
         raise StoreError(f"store {str(path)!r}: holds no sample of this recipe's source; expected the recipe that it was captured with")
     scorer = recipe.teacher.open(tokenizer, Needs(output=True))
-    _refuse_another(path, reader.manifest, {"teacher.weights_sha256": weights_hash(dict(scorer.model.named_parameters()))})
+    identity = recipe.teacher.identity(scorer)
+    _refuse_another(path, reader.manifest, {f"teacher.{field}": getattr(identity, field) for field in ("weights_sha256", "told")})
     parts, errors = [], []
     for start in range(0, len(samples), BATCH):
         batch, live = score(scorer, [Wanted(sample, scorer.needs) for sample in samples[start : start + BATCH]], "cpu")

@@ -14,7 +14,7 @@ import numpy as np
 from limbeck.errors import RecipeError
 from limbeck.evaluate.heldout import HeldOut
 from limbeck.log import console
-from limbeck.recipe import Recipe
+from limbeck.recipe import Recipe, tokenizer_name
 from limbeck.recipe import parse_recipe as parse
 from limbeck.sources.dataset import DatasetSource, OpenDataset
 from limbeck.spec import load_yaml
@@ -40,7 +40,7 @@ def show_data(path: str | Path, overrides: Iterable[str] = (), rows: int = 3, qu
     arms: dict[str, list[str]] = {}
     recipes = load_study(path, overrides).recipes()
     for arm, recipe in recipes.items():
-        arms.setdefault(f"{recipe.source.model_dump_json()} {_tokenizer_of(recipe)}", []).append(arm)
+        arms.setdefault(f"{recipe.source.model_dump_json()} {tokenizer_name(recipe)}", []).append(arm)
     found = {}
     for names in arms.values():
         if not quiet:
@@ -54,7 +54,7 @@ def _show(recipe: Recipe, rows: int, quiet: bool) -> dict[str, Any]:
 
     if not isinstance(recipe.source, DatasetSource):
         raise RecipeError(f"source.type: found {recipe.source.type!r}, expected 'dataset': other sources write their tokens in training")
-    tokenizer = load_tokenizer(*_tokenizer_of(recipe))
+    tokenizer = load_tokenizer(*tokenizer_name(recipe))
     source = recipe.source.open(tokenizer, recipe.seed)
     found = numbers(recipe, source, tokenizer)
     if not quiet:
@@ -69,15 +69,6 @@ def _show(recipe: Recipe, rows: int, quiet: bool) -> dict[str, Any]:
 def _print(line: str) -> None:
     """Not wrapped: columns stay columns, and a pager may scroll."""
     console.print(line.translate(_VISIBLE), markup=False, soft_wrap=True)
-
-
-def _tokenizer_of(recipe: Recipe) -> tuple[str, str | None]:
-    """The model whose tokenizer renders the data, as `train` and `capture` choose it."""
-    if recipe.student is not None:
-        return recipe.student.model, recipe.student.revision
-    if (model := getattr(recipe.teacher, "model", None)) is None:
-        raise RecipeError("student: missing; expected a model whose tokenizer renders the data")
-    return model, getattr(recipe.teacher, "revision", None)
 
 
 def numbers(recipe: Recipe, source: OpenDataset, tokenizer: Any) -> dict[str, Any]:

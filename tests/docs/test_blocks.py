@@ -32,7 +32,17 @@ from limbeck.teachers import Teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OTHER_PROGRAMS = ("make", "python", "pip", "cd", "scripts/check", "scripts/test", "scripts/lowest_versions", "ruff")
+OTHER_PROGRAMS = (
+    "make",
+    "python",
+    "pip",
+    "cd",
+    "scripts/check",
+    "scripts/test",
+    "scripts/lowest_versions",
+    "scripts/serve_teacher",
+    "ruff",
+)
 """What else may stand in a shell block. Make's targets and the scripts are checked in test_house.py."""
 
 SOURCE = {"type": "dataset", "data": "data.jsonl"}

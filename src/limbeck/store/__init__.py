@@ -5,7 +5,7 @@ top_k, sampled, quantized  codecs that lose some of it      entropy   integers t
 shard, offsets  the Parquet file that holds those bytes     manifest  what a capture says of itself
 plan            which samples make up which shard           verify    whether a store is what it was
 certificate     what a codec loses                      choose    how much it keeps, for a target
-writer, reader  a capture being written, and being used
+writer, reader  a capture being written, and being used     told      what a teacher told that is not here, as rows and a head
 """
 
 from limbeck.store.codec import Codec, Exact

@@ -35,8 +35,10 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     teacher = found["teacher"]
     revision = f" at {teacher['revision']}" if teacher["revision"] else ""
     bits = f" in {teacher['load_in']}" if teacher["load_in"] else ""
+    weights = f"{teacher['dtype']}, weights {teacher['weights_sha256'][:12]}" if teacher["weights_sha256"] else "its weights are not known"
+    told = f"; it told {teacher['told']} tokens and the mass of the others" if teacher["told"] else ""
     shown = [
-        ("teacher", f"{teacher['name']}{revision}{bits}, {teacher['dtype']}, weights {teacher['weights_sha256'][:12]}"),
+        ("teacher", f"{teacher['name']}{revision}{bits}, {weights}{told}"),
         ("codec", _settings(found["codec"]) + ", " + _temperatures(found["temperatures"])),
         ("holds", f"{found['num_samples']:,} conversations, {found['num_scored']:,} scored tokens in {found['num_shards']:,} shards"),
         ("size", _size(found)),
@@ -92,13 +94,17 @@ def _certificate(found: dict[str, Any]) -> list[tuple[str, str]]:
     what = f"{in_words(measured)}, same first token {measured['top1']:.1%}, mass kept {measured['mass']:.1%}"
     size = f"{measured['bytes_per_token']:.1f} bytes per token and {once:,.1f} MB once (head, tables)"
     found_lines = [
-        ("fidelity", f"{what}, on {measured['num_scored']:,} tokens that it was not fitted on"),
+        ("fidelity", f"{what}, on {measured['num_scored']:,} tokens that it was not fitted on{_told(found)}"),
         ("", f"{size}; {shown} where the teacher is {buckets}"),
     ]
     if "gradient_angle" in measured:
         ratio = f"{measured['gradient_ratio']:.3f} of its length"
         found_lines.append(("", f"a new student's gradient: {measured['gradient_angle']:.2f} degrees off the exact one, {ratio}"))
     return found_lines
+
+
+def _told(found: dict[str, Any]) -> str:
+    return "; of what the teacher told alone: what it left untold is not known" if found["teacher"]["told"] else ""
 
 
 def _distance(measured: dict[str, Any]) -> tuple[str, str]:

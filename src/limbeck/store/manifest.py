@@ -75,18 +75,21 @@ class Pass(Spec):
 
 
 class TeacherIdentity(Spec):
-    """Which teacher was captured, and how it was run."""
+    """Which teacher was captured, and how it was run. What is None of one that ran elsewhere is not known."""
 
     name: str
-    revision: str | None
-    dtype: Literal["float32", "bfloat16"]
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
     load_in: Literal["8bit", "4bit"] | None = None
     """Its weights were rounded to so many bits: another teacher than the one in full."""
-    weights_sha256: str
-    num_layers: int
-    width: int
-    head_scale: float
-    head_soft_cap: float | None
+    weights_sha256: str | None = None
+    num_layers: int | None = None
+    width: int | None = None
+    head_scale: float | None = None
+    head_soft_cap: float | None = None
+    told: int | None = None
+    """It told so many of its most probable tokens and the mass of the others, which is all that the certificate knows of it; None for one
+    that told everything."""
 
 
 class Manifest(Spec):

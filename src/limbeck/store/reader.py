@@ -94,6 +94,7 @@ class StoreReader:
         """The teacher's head in the teacher's dtype, on the device; None where the codec needs none."""
         if self._head is None and self.manifest.head is not None:
             teacher = self.manifest.teacher
+            assert teacher.dtype is not None and teacher.head_scale is not None
             dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[teacher.dtype]
             tensors = {name: value.to(self.device, dtype) for name, value in self._tensors(self.manifest.head).items()}
             self._head = Head(tensors["weight"], tensors.get("bias"), teacher.head_scale, teacher.head_soft_cap)
@@ -163,6 +164,7 @@ class StoreReader:
         entries = [self._represented(segment, layers) for segment in segments]
         cells = self._cells(entries, [hidden_column(layer) for layer in layers])
         teacher, codec = self.manifest.teacher, self.manifest.hidden
+        assert teacher.dtype is not None and teacher.width is not None
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[teacher.dtype]
         found = {}
         for layer in layers:

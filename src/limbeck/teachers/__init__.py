@@ -3,6 +3,7 @@
 from limbeck.teachers.base import Provides, Scorer, Teacher
 from limbeck.teachers.model import ModelTeacher
 from limbeck.teachers.none import NoTeacher
+from limbeck.teachers.server import ServerTeacher
 from limbeck.teachers.store import StoreTeacher
 
-__all__ = ["ModelTeacher", "NoTeacher", "Provides", "Scorer", "StoreTeacher", "Teacher"]
+__all__ = ["ModelTeacher", "NoTeacher", "Provides", "Scorer", "ServerTeacher", "StoreTeacher", "Teacher"]

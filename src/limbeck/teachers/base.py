@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from limbeck.objectives.base import Needs
 from limbeck.spec import Family
@@ -12,6 +12,8 @@ from limbeck.tokens.sample import Sample
 
 if TYPE_CHECKING:
     from limbeck.batch import Batch, Signal
+    from limbeck.store.codec import Codec
+    from limbeck.store.manifest import TeacherIdentity
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,14 @@ class Teacher(Family):
 
     type: str
 
+    computes: ClassVar[bool] = False
+    """Whether it is asked itself, and so can be captured."""
+
+    @property
+    def speaks(self) -> tuple[str, str | None] | None:
+        """Name and revision of its tokenizer, where it has one of its own."""
+        return None
+
     def provides(self) -> Provides:
         """What this teacher can say; torch-free."""
         return Provides()
@@ -83,3 +93,12 @@ class Teacher(Family):
     def open_beside(self, student: Any, tokenizer: Any, needs: Needs, device: str = "cpu") -> Scorer:
         """Open it where `student` is trained: a teacher may be made of weights that the student keeps frozen. Most are not."""
         return self.open(tokenizer, needs, device)
+
+    def refuses_codec(self, codec: Codec, is_chosen: bool) -> str | None:
+        """Why a capture of it cannot be kept so, and what can; `is_chosen` says that how much is kept will be measured. Torch-free. Asked
+        only of one that computes, like the next."""
+        return None
+
+    def identity(self, scorer: Any) -> TeacherIdentity:
+        """Which teacher it is that `open` gave `scorer` for."""
+        raise NotImplementedError

@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from limbeck import adapters
 from limbeck.cache import model_config, resolve_model
 from limbeck.errors import RecipeError
 from limbeck.log import say
 from limbeck.objectives.base import Needs
+from limbeck.store.manifest import TeacherIdentity
 from limbeck.teachers.base import Provides, Teacher
 from limbeck.tokens.sample import Sample
 
@@ -40,6 +41,12 @@ class ModelTeacher(Teacher):
     load_in: Literal["8bit", "4bit"] | None = None
     """Keep the weights of its linear layers in 8 or 4 bits: a quarter or an eighth of their memory, and a slightly other teacher. Needs
     bitsandbytes."""
+
+    computes: ClassVar[bool] = True
+
+    @property
+    def speaks(self) -> tuple[str, str | None]:
+        return self.model, self.revision
 
     def check(self) -> None:
         resolve_model(self.model)
@@ -75,6 +82,23 @@ class ModelTeacher(Teacher):
             return self.open(tokenizer, needs, device)
         say(f"teacher {self.model}: the student with its adapters switched off")
         return self._scorer(student, tokenizer, needs, partial(adapters.switched_off, student))
+
+    def identity(self, scorer: Any) -> TeacherIdentity:
+        from limbeck.models import weights_hash
+
+        # few bits mean nothing without their scales, which are no parameters
+        weights = scorer.model.state_dict() if self.load_in else dict(scorer.model.named_parameters())
+        return TeacherIdentity(
+            name=self.model,
+            revision=self.revision,
+            dtype=self.dtype,
+            load_in=self.load_in,
+            weights_sha256=weights_hash(weights),
+            num_layers=scorer.num_layers,
+            width=scorer.width,
+            head_scale=scorer.head.scale,
+            head_soft_cap=scorer.head.soft_cap,
+        )
 
     def _scorer(self, model: Any, tokenizer: Any, needs: Needs, alone: Alone) -> ModelScorer:
         from limbeck.models import blocks, head, load_tokenizer, verify_head

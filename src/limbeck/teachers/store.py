@@ -60,7 +60,7 @@ class StoreScorer:
 
     def __init__(self, reader: StoreReader, needs: Needs) -> None:
         teacher = reader.manifest.teacher
-        self.name, self.num_layers, self.width = teacher.name, teacher.num_layers, teacher.width
+        self.name, self.num_layers, self.width = teacher.name, teacher.num_layers or 0, teacher.width or 0
         self.vocabulary = reader.manifest.vocabulary
         self.reader, self.needs = reader, needs
         if needs.output:
