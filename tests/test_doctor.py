@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import helpers
+import limbeck
 from limbeck import cli
 from limbeck.doctor import examine, is_go
 from limbeck.doctor.data import normalise
@@ -112,6 +113,16 @@ def test_questions_of_a_test_are_looked_for_among_the_prompts(pair: dict[str, An
 def test_a_model_that_is_not_here_is_unknown_and_stops_nothing(pair: dict[str, Any]) -> None:
     (finding,) = examine(parse_recipe(pair | {"teacher": {"type": "model", "model": "nobody/nothing"}}))
     assert finding.level == "unknown" and "nobody/nothing" in finding.message
+
+
+def test_a_capture_of_another_template_stops(pair: dict[str, Any], tmp_path: Path, fresh_tokenizer: Any) -> None:
+    limbeck.capture(parse_recipe(pair | {"evaluate": [], "capture": {"path": str(tmp_path / "store")}}))
+    offline = pair | {"teacher": {"type": "store", "path": str(tmp_path / "store")}}
+    assert found(offline)["capture"].level == "ok"
+    fresh_tokenizer.chat_template += "{# another #}"
+    other = helpers.save_model(tmp_path / "other", helpers.tiny_model(layers=2), fresh_tokenizer)
+    finding = found(offline | {"student": {"model": str(other)}})["capture"]
+    assert finding.level == "stop" and "template_hash" in finding.message
 
 
 def items(nll: float, teacher: float, kl: float) -> list[Item]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from limbeck.evaluate.runner import evaluate_model
     from limbeck.export import export
     from limbeck.init import init
+    from limbeck.plan import plan
     from limbeck.recipe import Recipe, load_recipe, parse_recipe
     from limbeck.report.page import build_report
     from limbeck.run import Run
@@ -45,13 +46,14 @@ _WHERE = {
     "load_recipe": "limbeck.recipe",
     "load_study": "limbeck.study",
     "parse_recipe": "limbeck.recipe",
+    "plan": "limbeck.plan",
     "run_study": "limbeck.conduct",
     "train": "limbeck.trainer",
 }
 
 __all__ = [
     "LimbeckError", "Recipe", "Run", "Study", "build_report", "capture", "check", "demo", "evaluate_model", "export", "fetch",
-    "init", "load_recipe", "load_study", "parse_recipe", "run_study", "train",
+    "init", "load_recipe", "load_study", "parse_recipe", "plan", "run_study", "train",
 ]  # fmt: skip
 
 

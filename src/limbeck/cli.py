@@ -10,7 +10,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -113,6 +113,29 @@ def check(
         say(f"{recipe}: valid {found['kind']}; {'go' if found['go'] else 'no go: see what says stop'}")
     finish(found, as_json)
     if not found["go"]:
+        raise typer.Exit(NO_GO)
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    measure: Annotated[int, typer.Option(min=0, help="Take the time from so many real steps here; loads the models.")] = 0,
+    device: Annotated[str | None, typer.Option(help="Or from the peak figures of a device, such as a100-80g.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that train together.")] = 1,
+    strategy: Annotated[Literal["ddp", "fsdp2"], typer.Option(help="How several processes divide the run.")] = "ddp",
+    memory_gb: Annotated[float | None, typer.Option(min=0.001, help="What a process may hold; the device's where not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a recipe's training takes: memory by part, disk, operations, time. Exit code 1: it does not fit."""
+    from limbeck.plan import plan as run_plan
+    from limbeck.plan import show
+
+    found = run_plan(recipe, overrides or [], measure, device, processes, strategy, memory_gb)
+    if not as_json:
+        show(found)
+    finish(found, as_json)
+    if not found["fits"]:
         raise typer.Exit(NO_GO)
 
 

@@ -23,7 +23,7 @@ BYTES_PER_TRAINED = 16
 def forecast(study: Study, path: Path | str, results: Path | str | None = None) -> dict[str, Any]:
     """A row per run that is left, and their sum. Loads tokenizers, no model."""
     ledger = Ledger(study, path, results)
-    speed = _flops_per_second()
+    speed = flops_per_second()
     every = [*ledger.tuning_tasks(), *ledger.tasks()]
     tasks = [task for task in every if ledger.recorded(task) is None]
     tokens = {arm: _tokens(ledger, arm) for arm in dict.fromkeys(task.arm for task in tasks)}
@@ -104,7 +104,7 @@ def _memory(sizes: dict[str, int] | None, head_memory_mb: int) -> float:
     return (BYTES_PER_TRAINED * sizes["trained"] + 4 * sizes["frozen"]) / 2**20 + head_memory_mb
 
 
-def _flops_per_second() -> float:
+def flops_per_second() -> float:
     """Of a bare float32 matrix product on this machine's default device, the best of three."""
     import torch
 

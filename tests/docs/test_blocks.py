@@ -250,7 +250,7 @@ def run_python(block: Block, names: dict[str, Any], folder: Path) -> dict[str, A
 @pytest.mark.parametrize(
     ("page", "expected"),
     [
-        ("README.md", {"check", "train", "capture", "init", "study", "report", "eval", "export"}),
+        ("README.md", {"check", "plan", "train", "capture", "init", "study", "report", "eval", "export"}),
         ("docs/start.md", {"init", "check", "train", "study"}),
         ("docs/writing-a-loss.md", set()),
         ("docs/writing-a-teacher.md", set()),

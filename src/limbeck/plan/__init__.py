@@ -1,0 +1,167 @@
+"""Plan: memory by part, disk, operations and time of a run before it is paid for. Tokenizer and config.json are read; weights load only to
+measure.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from limbeck.errors import RecipeError
+from limbeck.log import console, say
+from limbeck.recipe import Recipe, parse_recipe, require_files
+from limbeck.teachers.model import ModelTeacher
+
+if TYPE_CHECKING:
+    from limbeck.plan.devices import Device
+    from limbeck.plan.memory import Memory
+    from limbeck.plan.work import Work
+
+MB, GB = 2**20, 1e9
+CONTEXT = 600 * MB
+"""What a CUDA context and its libraries hold beside the tensors."""
+
+
+def plan(
+    recipe: Recipe | dict[str, Any] | str | Path,
+    overrides: Iterable[str] = (),
+    measure: int = 0,
+    device: str | None = None,
+    processes: int = 1,
+    strategy: Literal["ddp", "fsdp2"] = "ddp",
+    memory_gb: float | None = None,
+) -> dict[str, Any]:
+    """What a recipe's training will take, in bytes, operations and seconds. Time is that of `measure` real steps here, of the peak figures
+    of `device`, or of a matrix product that is timed here. `memory_gb` is what a process may have: the device's, or this machine's, where
+    it is not set."""
+    parsed = parse_recipe(recipe, overrides)
+    parsed.for_training()
+    require_files(parsed)
+    if measure and (device or processes > 1):
+        raise RecipeError("--measure: found with --device or --processes, expected alone: steps are measured here, in one process")
+    from limbeck.plan.devices import device as named
+    from limbeck.plan.memory import simulate
+    from limbeck.plan.processes import each_holds
+    from limbeck.plan.work import disk, work
+
+    there = named(device) if device else None
+    source, num_tokens = _opened(parsed)
+    todo = work(parsed, source, num_tokens, processes)
+    memory = simulate(parsed, todo.shapes)
+
+    def parts_of(memory: Memory) -> dict[str, int]:
+        return {**each_holds(memory, processes, strategy), "process": CONTEXT if there else _process()}
+
+    def peak_of(changed: Recipe) -> float:
+        other = work(changed, source, num_tokens, processes)
+        return float(sum(parts_of(simulate(changed, other.shapes)).values()))
+
+    parts = parts_of(memory)
+    peak, limit = sum(parts.values()), memory_gb * GB if memory_gb else there.memory_gb * GB if there else _machine()
+    found: dict[str, Any] = {
+        "memory": parts,
+        "peak": peak,
+        "limit": round(limit),
+        "fits": peak <= limit,
+        "processes": processes,
+        "strategy": strategy if processes > 1 else None,
+        "device": device,
+        "disk": disk(parsed, source),
+        "num_steps": todo.num_steps,
+        "tokens": todo.tokens,
+        "positions": todo.positions,
+        "largest_microbatch": asdict(todo.shapes),
+        "flops": todo.flops,
+        "teacher_flops": todo.teacher_flops,
+        **_time(parsed, todo, memory, measure, there, processes, strategy),
+    }
+    if peak > limit:
+        from limbeck.plan.fit import cheapest
+
+        changes, left = cheapest(parsed, limit, peak_of)
+        found["to_fit"] = {"changes": [asdict(change) for change in changes], "peak": round(left), "fits": left <= limit}
+    return found
+
+
+def _opened(recipe: Recipe) -> tuple[Any, int]:
+    """The recipe's data, and how many tokens student and teacher share."""
+    from limbeck.models import load_tokenizer
+    from limbeck.tokens.identity import shared_vocabulary, vocabulary
+
+    student, _ = recipe.for_training()
+    tokenizer = load_tokenizer(student.model, student.revision)
+    source, teacher = recipe.source.open(tokenizer, recipe.seed), recipe.teacher
+    if isinstance(teacher, ModelTeacher):
+        return source, shared_vocabulary(tokenizer, load_tokenizer(teacher.model, teacher.revision))
+    return source, len(vocabulary(tokenizer))
+
+
+def _time(
+    recipe: Recipe, todo: Work, memory: Memory, measure: int, there: Device | None, processes: int, strategy: Literal["ddp", "fsdp2"]
+) -> dict[str, Any]:
+    """Seconds of the training steps, and what they are taken from."""
+    from limbeck.forecast import EFFICIENCY, flops_per_second
+    from limbeck.plan.processes import wire_bytes
+
+    _, spec = recipe.for_training()
+    if measure:
+        from limbeck.plan.measure import measure as measured
+
+        told = measured(recipe, measure)
+        seconds = todo.positions * told.seconds_per_position
+        return {"seconds": seconds, "basis": f"{told.num_steps} steps measured here", "measured_peak": round(told.peak)}
+    if todo.flops is None:
+        return {"seconds": None, "basis": "nothing: the models' sizes are not known before their weights are here"}
+    if there is None:
+        seconds = todo.flops / (flops_per_second() * EFFICIENCY) / processes
+        return {"seconds": seconds, "basis": f"a matrix product timed here, of whose speed a step is assumed to reach {EFFICIENCY:.0%}"}
+    seconds = todo.flops / there.flops_per_second(spec.precision) / processes
+    sent = wire_bytes(memory, processes, strategy, todo.shapes.microbatches) * todo.num_steps if processes > 1 else 0.0
+    basis = f"{getattr(there, spec.precision):g} teraFLOP/s ({there.source}), assumed utilisation {there.utilisation:.0%}"
+    return {"seconds": seconds + sent / (there.wire_gb_per_s * GB), "basis": basis, "wire_bytes": round(sent)}
+
+
+def _process() -> int:
+    """What this process holds with its libraries loaded: a training process on a CPU holds it too."""
+    for line in Path("/proc/self/status").read_text().splitlines() if os.path.exists("/proc/self/status") else ():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _machine() -> float:
+    """Memory of the accelerator here, or else of this machine."""
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def show(found: dict[str, Any]) -> None:
+    """The plan on the terminal."""
+    from rich.table import Table
+
+    table = Table("at the peak, per process", "MB", box=None, padding=(0, 2, 0, 0))
+    for name, size in found["memory"].items():
+        table.add_row(name.replace("_", " "), f"{size / MB:,.0f}")
+    table.add_row("peak", f"{found['peak'] / MB:,.0f}", style="bold")
+    if "measured_peak" in found:
+        table.add_row("measured", f"{found['measured_peak'] / MB:,.0f}")
+    console.print(table)
+    kept = ", ".join(f"{name} {'not known' if size is None else f'{size / MB:,.0f} MB'}" for name, size in found["disk"].items())
+    say(f"disk: {kept}")
+    flops = "not known" if found["flops"] is None else f"{found['flops']:.2e} FLOP, {found['teacher_flops']:.2e} of them the teacher's"
+    say(f"work: {found['num_steps']:,} steps, {found['tokens']:,} tokens ({found['positions']:,} positions with padding), {flops}")
+    took = "not known" if found["seconds"] is None else f"{found['seconds'] / 60:,.1f} minutes of training"
+    several = f" by {found['processes']} processes ({found['strategy']})" if found["processes"] > 1 else ""
+    say(f"time: {took}{several}, from {found['basis']}")
+    within = f"{found['limit'] / MB:,.0f} MB"
+    say(f"fits in {within}" if found["fits"] else f"does not fit in {within}")
+    if fit := found.get("to_fit"):
+        wanted = " ".join(override for change in fit["changes"] for override in change["overrides"]) or "nothing"
+        costs = "; ".join(dict.fromkeys(change["cost"] for change in fit["changes"]))
+        say(f"{'cheapest change' if fit['fits'] else 'not even with'}: {wanted} ({fit['peak'] / MB:,.0f} MB; costs {costs})")

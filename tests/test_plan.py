@@ -1,0 +1,161 @@
+"""The plan: a simulated step holds what a real one does, arithmetic over processes adds up, a change that is advised fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import limbeck
+from limbeck import cli
+from limbeck.errors import RecipeError
+from limbeck.plan import plan
+from limbeck.plan.devices import device
+from limbeck.plan.fit import changes
+from limbeck.plan.memory import Live, Memory, Shapes, simulate
+from limbeck.plan.processes import each_holds, wire_bytes
+from limbeck.recipe import parse_recipe
+
+ROWS = [
+    {"messages": [{"role": "user", "content": "x " * (1 + i)}, {"role": "assistant", "content": f"It is {i}. " * 4}]} for i in range(12)
+]
+SHAPES = Shapes(rows=4, width=64, scored=100, most_scored=100, microbatches=2, vocabulary=400)
+
+
+@pytest.fixture(scope="module")
+def recipe(model_dir: Path) -> dict[str, Any]:
+    return {
+        "student": {"model": str(model_dir), "keep_layers": [0, 3]},
+        "teacher": {"type": "model", "model": str(model_dir)},
+        "source": {"type": "dataset", "data": {"rows": ROWS}},
+        "objective": [{"type": "ce"}, {"type": "logits"}],
+        "train": {"steps": 3, "batch_size": 8, "micro_batch_size": 4},
+    }
+
+
+def memory(recipe: dict[str, Any], *overrides: str, shapes: Shapes = SHAPES) -> Memory:
+    return simulate(parse_recipe(recipe, overrides), shapes)
+
+
+def test_weights_gradients_and_moments_are_counted(recipe: dict[str, Any]) -> None:
+    trained = parse_recipe(recipe).student.num_parameters()["trained"]
+    found = memory(recipe)
+    assert (found.weights, found.gradients, found.optimizer) == (4 * trained, 4 * trained, 8 * trained)
+    teacher = parse_recipe(recipe, ["student.keep_layers=null"]).student.num_parameters()["trained"]
+    assert found.teacher == 4 * teacher and found.peak == sum(found.parts.values())
+    assert memory(recipe, "teacher.dtype=bfloat16").teacher == 2 * teacher
+    alone = memory(recipe, "teacher={type: none}", "objective=[{type: ce}]")
+    assert alone.teacher == 0 and alone.head_chunk == 4 * 100 * 400 and found.head_chunk == 2 * alone.head_chunk
+
+
+def test_the_simulated_peak_is_that_of_a_real_step(model_dir: Path) -> None:
+    """The same count over tensors that have numbers."""
+    from transformers import AutoModelForCausalLM
+
+    from limbeck.batch import Signal
+    from limbeck.learner import Learner
+    from limbeck.plan.memory import _batch
+
+    shapes = Shapes(rows=4, width=64, scored=100, most_scored=100, microbatches=1, vocabulary=400)
+    spec = parse_recipe(
+        {
+            "student": {"model": str(model_dir)},
+            "source": {"type": "dataset", "data": {"rows": ROWS}},
+            "objective": [{"type": "ce"}],
+            "train": {"steps": 1},
+        }
+    )
+    found = simulate(spec, shapes)
+    learner = Learner(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32), spec.terms, 400).train()
+    live = Live()
+    with live:
+        loss, _ = learner(_batch(shapes), Signal(), {"ce": 1.0})
+        loss.backward()
+    assert found.activations + found.gradients + found.head_chunk == pytest.approx(live.peak, rel=0.02)
+
+
+def test_what_saves_memory_saves_it_here(recipe: dict[str, Any]) -> None:
+    shapes = Shapes(rows=4, width=400, scored=1200, most_scored=1200, microbatches=2, vocabulary=400)
+    base = memory(recipe, shapes=shapes)
+    assert memory(recipe, "train.gradient_checkpointing=true", shapes=shapes).activations < base.activations
+    assert memory(recipe, "train.head_memory_mb=1", shapes=shapes).head_chunk < base.head_chunk
+    smaller = memory(recipe, shapes=Shapes(rows=1, width=400, scored=300, most_scored=300, microbatches=8, vocabulary=400))
+    assert smaller.activations < base.activations / 2
+    hidden = memory(recipe, "objective=[{type: ce}, {type: hidden, pairs: cka}]", shapes=shapes)
+    assert hidden.activations != base.activations
+
+
+def test_a_teacher_that_is_the_students_base_costs_nothing(recipe: dict[str, Any]) -> None:
+    pytest.importorskip("peft")
+    found = memory(recipe, "student.keep_layers=null", "student.lora={rank: 4}")
+    assert found.teacher == 0 and 0 < found.gradients < found.weights / 2
+
+
+def test_processes_are_arithmetic() -> None:
+    one = Memory(100, 100, 200, 50, 10, 80, largest_block=20, root=30, teacher_head=16)
+    assert each_holds(one, 1, "fsdp2") == one.parts
+    assert each_holds(one, 4, "ddp") == {**one.parts, "buckets": 100}
+    shared = each_holds(one, 4, "fsdp2")
+    assert (shared["weights"], shared["optimizer"], shared["teacher"], shared["gathered"]) == (25, 50, 16 + 16, 30 + 40)
+    assert wire_bytes(one, 4, "ddp", 3) == 150 and wire_bytes(one, 4, "fsdp2", 3) == 0.75 * 700
+
+
+def test_counts_are_those_of_the_run(recipe: dict[str, Any], tmp_path: Path) -> None:
+    found = plan(recipe, ["train.checkpoint_every=2", "train.micro_batch_size=2"])
+    run = limbeck.train(recipe, tmp_path / "run", ["train.checkpoint_every=2", "train.micro_batch_size=2"])
+    totals = run.read_json("run.json")
+    assert (found["num_steps"], found["tokens"]) == (totals["steps"], totals["tokens"])
+    assert found["positions"] >= found["tokens"] and found["fits"] and found["seconds"] > 0
+    weights = sum(file.stat().st_size for file in run.student.glob("*.safetensors"))
+    assert found["disk"]["student"] - weights < 5 * 2**20
+    kept = sum(file.stat().st_size for file in run.checkpoints.glob("*/*.safetensors"))
+    assert found["disk"]["checkpoints"] == pytest.approx(2 * kept, rel=0.1)
+    assert found["flops"] > found["teacher_flops"] > 0
+
+
+def test_measured_steps_and_devices_tell_the_time(recipe: dict[str, Any]) -> None:
+    here = plan(recipe, measure=2)
+    assert here["basis"] == "2 steps measured here" and here["seconds"] > 0 and here["measured_peak"] > 0
+    there = plan(recipe, device="a100-80g", processes=2, strategy="fsdp2")
+    assert "data sheet" in there["basis"] and "assumed utilisation 40%" in there["basis"] and there["limit"] == 80e9
+    wire = there["wire_bytes"] / (300 * 1e9)
+    assert there["seconds"] == pytest.approx(there["flops"] / (19.5e12 * 0.4) / 2 + wire)
+    with pytest.raises(RecipeError, match="did you mean 'a100-80g'"):
+        device("a100-80")
+    with pytest.raises(RecipeError, match="--measure: found with --device"):
+        plan(recipe, measure=1, device="a100-80g")
+
+
+def test_a_change_that_is_advised_fits(recipe: dict[str, Any]) -> None:
+    rows = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "It is so. " * 60}]}] * 8
+    wide = parse_recipe({**recipe, "source": {"type": "dataset", "data": {"rows": rows}}})
+    full = plan(wide)
+    limit = full["peak"] - full["memory"]["activations"] // 4
+    advised = plan(wide, memory_gb=limit / 1e9)
+    assert not advised["fits"] and advised["to_fit"]["fits"]
+    (change,) = advised["to_fit"]["changes"]
+    assert change["overrides"] == ("train.micro_batch_size=2",) and advised["to_fit"]["peak"] <= limit
+    hopeless = plan(wide, memory_gb=0.001)["to_fit"]
+    assert not hopeless["fits"] and len(hopeless["changes"]) > 2
+    keys = [change.overrides[0] for change in changes(wide)]
+    assert keys[0].startswith("train.micro_batch_size") and not any("lora" in key for key in keys)
+
+
+def test_the_command_line(recipe: dict[str, Any], tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["limbeck", "plan", str(file), *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(left.value.code or 0), captured.out, captured.err
+
+    code, out, err = run()
+    assert (code, out) == (0, "") and "head chunk" in err and "fits in" in err
+    code, out, _ = run("--json", "--memory-gb", "0.01")
+    assert code == 1 and not json.loads(out)["fits"]
