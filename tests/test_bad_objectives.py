@@ -136,11 +136,19 @@ CASES = {
     ),
     "alpha of 0": (
         logits(divergence={"type": "skew_kl", "alpha": 0}),
-        "objective.1.divergence.alpha: found 0, expected a number greater than 0",
+        "objective.1.divergence.alpha: found 0, expected a number greater than or equal to 0.001",
     ),
     "weight of a direction": (
         logits(divergence={"type": "symmetric_kl", "forward_weight": 2}),
         "objective.1.divergence.forward_weight: found 2, expected a number less than or equal to 1",
+    ),
+    "alpha of almost 1": (
+        logits(divergence={"type": "skew_reverse_kl", "alpha": 1 - 1e-16}),
+        "objective.1.divergence.alpha: found 0.9999999999999999, expected a number less than or equal to 0.999",
+    ),
+    "vanishing exponents": (
+        logits(divergence={"type": "alpha_beta", "alpha": 1e-300, "beta": 0}),
+        "objective.1.divergence: found alpha 1e-300 and beta 0, expected together at least 0.01; (1, 0) is forward_kl",
     ),
     "huge exponent": (
         logits(divergence={"type": "alpha_beta", "alpha": 1e9}),
@@ -204,6 +212,11 @@ CASES = {
     "one token in order": (beside(type="ranking", top_k=1), "objective.1.top_k: found 1, expected a number greater than or equal to 2"),
     "too many in order": (beside(type="ranking", top_k=65), "objective.1.top_k: found 65, expected a number less than or equal to 64"),
     "margin of another": (beside(type="ranking", margin=0.1), "objective.1: found margin 0.1 beside measure 'logistic', expected it with"),
+    "one token captured": (
+        store("one", beside(type="ranking")),
+        "objective: the 'ranking' term: found a capture of one token per distribution, expected 2 or more to put in order; "
+        "capture again with a larger k",
+    ),
     # terms
     "the same term twice": (
         only({"type": "ce"}, {"type": "logits", "temperature": 2}, {"type": "logits", "temperature": 2.0}),
@@ -214,6 +227,12 @@ CASES = {
     # adapters
     "adapters nowhere": (lora(targets=["q_porj"]), "student.lora.targets: found 'q_porj', expected linear layers of the blocks: "),
     "adapters in the head": (lora(targets=["lm_head"]), "student.lora.targets: found 'lm_head', expected linear layers of the blocks: "),
+    "huge alpha": (lora(alpha=1e300), "student.lora.alpha: found 1e+300, expected a number less than or equal to 1000000"),
+    "alpha of almost 0": (lora(alpha=1e-300), "student.lora.alpha: found 1e-300, expected a number greater than or equal to 0.001"),
+    "all dropped": (
+        lora(dropout=1 - 1e-16),
+        "student.lora.dropout: found 0.9999999999999999, expected a number less than or equal to 0.99",
+    ),
     "rank above the weight's": (
         lora(rank=17),
         "student.lora.rank: found 17, expected at most 16: the weight of model.layers.0.self_attn.k_proj",
@@ -244,6 +263,7 @@ def folder(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "teacher" / "config.json").write_text(json.dumps(config))
     write_jsonl(folder / "data.jsonl", [{"prompt": "The weather", "completion": " is sunny."}])
     write_store(folder / "top", type="topk", temperatures=[1, 4], prior=False)
+    write_store(folder / "one", type="nucleus", k=1, prior=False)
     write_store(folder / "spread", type="topk")
     write_store(folder / "drawn", type="sampled")
     write_store(folder / "states", layers=(1, 5), type="exact")

@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("7", ("ledger",)),
     ("7", ("conduct",)),
     ("7", ("forecast",)),
+    ("8", ("doctor",)),
     ("8", ("check", "show", "plan", "assets", "init", "schema")),
     ("8", ("export",)),
     ("8", ("demo",)),

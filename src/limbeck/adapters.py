@@ -35,10 +35,10 @@ class Lora(Spec):
 
     rank: int = Field(16, gt=0)
     """Rows of A and columns of B: how much can be learned, and how much memory it takes."""
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(32.0, ge=0.001, le=1e6)
     """The adapters' output is multiplied by alpha / rank. It acts like the learning rate, which wants to be about ten times that of full
     training."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, le=0.99)
     """Share of the adapters' inputs that is dropped in training; other microbatches drop others, so results then depend on their size."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Linear layers that get adapters: all those of the blocks, or those that bear, or end in, these names (`[q_proj, v_proj]`)."""

@@ -1,17 +1,24 @@
-"""Check: what can be said of a recipe or study before anything is loaded. No torch, no model; data files are read and parsed."""
+"""Check: what can be said of a recipe or study before anything is loaded. No torch, no model; data files are read and parsed.
+
+`diagnose` goes on from there with the tokenizers, and asks the pair doctor.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from limbeck.errors import RecipeError
+from limbeck.log import console
 from limbeck.objectives import HiddenTerm
 from limbeck.recipe import Recipe, check_files
 from limbeck.recipe import parse_recipe as parse
 from limbeck.sources import DatasetSource
 from limbeck.spec import load_yaml
+
+if TYPE_CHECKING:
+    from limbeck.doctor import Finding
 
 
 def check(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -28,6 +35,48 @@ def check(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
             "arms": {name: describe(arm, f"{path}: arm {name!r}") for name, arm in study.recipes().items()},
         }
     return {"kind": "recipe", **describe(parse(path, overrides), str(path))}
+
+
+def diagnose(path: str | Path, overrides: Iterable[str] = (), headroom: bool = False) -> dict[str, list[Finding]]:
+    """The pair doctor's findings by recipe: one, without a name, or those of a study's arms, where arms that share all that is looked at
+    are examined once."""
+    from limbeck.doctor import examine
+
+    overrides = list(overrides)
+    if "arms" not in load_yaml(path, overrides):
+        return {"": examine(parse(path, overrides), headroom)}
+    from limbeck.study import load_study
+
+    alike: dict[str, list[str]] = {}
+    recipes = load_study(path, overrides).recipes()
+    for arm, recipe in recipes.items():
+        seen = recipe.model_dump_json(include={"student", "teacher", "source", "evaluate"})
+        alike.setdefault(seen, []).append(arm)
+    taught = {", ".join(arms): recipes[arms[0]] for arms in alike.values()}
+    return {arms: examine(recipe, headroom and recipe.teacher.provides().output) for arms, recipe in taught.items()}
+
+
+def show(found: dict[str, Any]) -> None:
+    """What a recipe will do, a line each, on the terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    for name, recipe in found["arms"].items() if found["kind"] == "study" else [("", found)]:
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        if name:
+            table.add_row(Text("arm"), Text(name))
+        for key, value in recipe.items():
+            if value not in (None, [], {}) and key != "kind":
+                table.add_row(Text(key.replace("_", " ").removeprefix("num ")), Text(_in_words(value)))
+        console.print(table)
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_in_words(each)}" for key, each in value.items() if each is not None)
+    if isinstance(value, list):
+        return ", ".join(map(_in_words, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def describe(recipe: Recipe, where: str) -> dict[str, Any]:

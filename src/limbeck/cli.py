@@ -30,6 +30,8 @@ app.add_typer(assets_app, name="assets")
 app.add_typer(store_app, name="store")
 
 INTERRUPTED = 130
+NO_GO = 1
+"""The input is right, and what it asks for would be in vain."""
 ANYWHERE = ("--plain", "--quiet")
 """Options of the whole program that may stand behind the verb too."""
 
@@ -85,21 +87,33 @@ def check(
         bool, typer.Option("--show-data", help="Show what is trained on: scored tokens, lengths, losses, padding.")
     ] = False,
     rows: Annotated[int, typer.Option(min=0, help="Conversations that --show-data prints, in the order of training.")] = 3,
+    headroom: Annotated[bool, typer.Option("--headroom", help="Load both models, and measure what there is to learn.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Validate a recipe or study without loading a model, and say what it will do."""
+    """Validate a recipe or study, and say whether student, teacher and data fit together. Exit code 1: they do not."""
     from limbeck.check import check as run_check
+    from limbeck.check import diagnose, show
+    from limbeck.doctor.finding import is_go
+    from limbeck.doctor.finding import show as show_findings
 
     found = run_check(recipe, overrides or [])
     if not as_json:
-        console.print_json(json.dumps(found))
+        show(found)
     if show_data:
-        from limbeck.show import show_data as show
+        from limbeck.show import show_data as run_show
 
-        found["data"] = show(recipe, overrides or [], rows, quiet=as_json)
+        found["data"] = run_show(recipe, overrides or [], rows, quiet=as_json)
+    diagnoses = diagnose(recipe, overrides or [], headroom)
+    found["findings"] = {arms: [finding.to_json() for finding in findings] for arms, findings in diagnoses.items()}
+    found["go"] = all(map(is_go, diagnoses.values()))
     if not as_json:
-        say(f"{recipe}: valid {found['kind']}")
+        for arms, findings in diagnoses.items():
+            say(f"\narms: {arms}" if arms else "")
+            show_findings(findings)
+        say(f"{recipe}: valid {found['kind']}; {'go' if found['go'] else 'no go: see what says stop'}")
     finish(found, as_json)
+    if not found["go"]:
+        raise typer.Exit(NO_GO)
 
 
 @app.command()

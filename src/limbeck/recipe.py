@@ -242,7 +242,8 @@ def check_objective(recipe: Recipe) -> None:
                 f"{recipe.teacher.type!r} gives none; set teacher to {{type: model, model: NAME}} or to a capture "
                 "{type: store, path: FOLDER} with it, or remove the term"
             )
-        if isinstance(term, OutputTerm) and provided.output and (problem := term.refuses(provided.support, provided.temperatures)):
+        offered = provided.support, provided.temperatures, provided.k
+        if isinstance(term, OutputTerm) and provided.output and (problem := term.refuses(*offered)):
             raise ValueError(f"objective: the {key!r} term: {problem}")
     check_layers(recipe)
 

@@ -19,10 +19,10 @@ N, V = 4, 11
 TEMPERATURES = (0.5, 1.0, 2.0)
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "symmetric_kl": [{"forward_weight": 0.2}],
+    "symmetric_kl": [{"forward_weight": 0.2}, {"forward_weight": 0}, {"forward_weight": 1}],
     "jsd": [{"beta": 0.1}, {"beta": 0.8, "normalize": True}],
-    "skew_kl": [{"alpha": 0.5}],
-    "skew_reverse_kl": [{"alpha": 0.4}, {"detach_mixture": True}],
+    "skew_kl": [{"alpha": 0.5}, {"alpha": 0.001}, {"alpha": 0.9}],
+    "skew_reverse_kl": [{"alpha": 0.4}, {"detach_mixture": True}, {"alpha": 0.001}, {"alpha": 0.9}],
     "alpha_beta": [
         {"alpha": 1, "beta": 0},
         {"alpha": 0, "beta": 1},
@@ -31,6 +31,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"alpha": 0.7, "beta": 0.2},
         {"alpha": 1e-4, "beta": 1},
         {"alpha": 1, "beta": 1e-4},
+        {"alpha": 0, "beta": 0.01},
+        {"alpha": 0.01, "beta": 0},
     ],
     "ranking": [{"measure": "hinge"}, {"measure": "hinge", "margin": 0.2, "top_k": 3}],
     "logits": [{"trust_threshold": 0.1}, {"trust_threshold": 0.1, "temperature": 2.0, "divergence": "jsd"}],

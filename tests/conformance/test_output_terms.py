@@ -119,6 +119,18 @@ def test_equals_its_definition_where_the_teacher_is_sure_and_the_student_wrong(n
     assert_equal(paths(term, z.float(), signal_of(target, u), TARGET_IDS), values, grad, rtol=1e-3, atol=tolerance)
 
 
+@pytest.mark.parametrize("vanishing", [1e-300, 1e-12])
+@pytest.mark.parametrize("target", ["dense", "top_4"])
+def test_exponents_of_almost_zero_are_the_limit(vanishing: float, target: str) -> None:
+    """Where the sum of the definition is rounding noise in float64 too."""
+    u, z = draw(N, V, seed=1), draw(N, V, seed=2).float()
+    for almost, limit in (((vanishing, 1), (0, 1)), ((1, vanishing), (1, 0)), ((vanishing, 0.05), (0, 0.05))):
+        terms = [Logits(divergence={"type": "alpha_beta", "alpha": a, "beta": b}) for a, b in (almost, limit)]
+        _, values, grad = next(paths(terms[1], z, signal_of(target, u), TARGET_IDS))
+        assert grad.abs().max() > 1e-3
+        assert_equal(paths(terms[0], z, signal_of(target, u), TARGET_IDS), values, grad)
+
+
 # --- invariants
 
 

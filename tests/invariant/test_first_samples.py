@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import limbeck
 from helpers import SENTENCES, save_model, tiny_model, write_jsonl
@@ -97,6 +98,21 @@ def test_ridge_begins_lower_than_a_random_projection(base: dict[str, Any], norma
         term = {"type": "hidden", "projection": projection, "normalize": normalize}
         first[projection] = limbeck.train({**base, "objective": [term]}, tmp_path / projection, ["train.steps=1"]).metrics()[0]["loss"]
     assert first["ridge"] < 0.5 * min(first["random"], first["orthogonal"])
+
+
+def test_projection_asked_for_by_name_is_made_where_widths_are_equal(base: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+    """A teacher of the student's width that is another model: the ridge regression brings them nearer than no projection does."""
+    recipe = {**base, "teacher": {"type": "model", "model": base["student"]["model"]}, "student": {"model": str(tmp_path / "student")}}
+    save_model(tmp_path / "student", tiny_model(layers=2, seed=5), tokenizer)
+    first, shapes = {}, {}
+    for projection in ("random", "orthogonal", "ridge"):
+        term = {"type": "hidden", "projection": projection}
+        run = limbeck.train({**recipe, "objective": [term]}, tmp_path / projection, ["train.steps=1", "train.checkpoint_every=1"])
+        first[projection] = run.metrics()[0]["loss"]
+        (held,) = run.path.glob("checkpoints/*/learner.safetensors")
+        shapes[projection] = {tuple(value.shape) for name, value in load_file(held).items() if name.startswith("projections.")}
+    assert shapes == {"random": set(), "orthogonal": {(32, 32)}, "ridge": {(32, 32)}}
+    assert first["ridge"] < 0.7 * min(first["random"], first["orthogonal"])
 
 
 def test_calibration_runs_nothing_until_asked_and_takes_each_sample_once(base: dict[str, Any], tokenizer: Any) -> None:

@@ -82,6 +82,13 @@ class FunctionCalling(Benchmark):
 
     _usable = field_validator("data")(benchmark_data)
 
+    @field_validator("data")
+    @classmethod
+    def _as_asked(cls, data: DataSets) -> DataSets:
+        if any(part.tools != "template" for part in sets_of(data)):
+            raise ValueError("found `tools`, which is for training; here tools are put in words by `prompt: stated`")
+        return data
+
     @field_validator("categories")
     @classmethod
     def _some(cls, categories: list[str] | None) -> list[str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,20 +9,11 @@ from typing import Any, Literal
 from limbeck.errors import DataError
 from limbeck.evaluate.calls import Style, parse
 from limbeck.evaluate.prompt import prompt_ids
+from limbeck.tokens.stated import stated
 
 ToolStyle = Literal["auto", "template", "stated"]
 
 PROBE = "xprobex"
-STATED = """You can call these functions, each given by its JSON schema:
-{tools}
-
-Answer with nothing but the calls that are needed, each in this form:
-<tool_call>
-{{"name": "function name", "arguments": {{"argument name": value}}}}
-</tool_call>
-If no function can do what is asked, call none and say so.
-
-"""
 STATED_STYLE: Style = "tool_call"
 
 
@@ -39,7 +29,7 @@ class Asker:
         """The prompt that asks for the next turn of a conversation."""
         if self.how == "template":
             return prompt_ids(self.tokenizer, _render(self.tokenizer, messages, tools, where), "chat")
-        said = _stated(messages, tools)
+        said = stated(messages, tools)
         if self.tokenizer.chat_template:
             return prompt_ids(self.tokenizer, _render(self.tokenizer, said, None, where), "chat")
         turns = [f"{message['role'].capitalize()}: {message.get('content') or ''}" for message in said]
@@ -66,15 +56,6 @@ def asker(tokenizer: Any, how: ToolStyle, where: str) -> Asker:
     if [each.name for each in found.calls] != [PROBE] or found.style is None:
         raise DataError(f"{where}: the tokenizer's chat template writes calls in a form that cannot be read here; set `prompt: stated`")
     return Asker(tokenizer, "template", found.style)
-
-
-def _stated(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with the tools at the head of the first one of the user: not every template has a system message."""
-    listed = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
-    said = [dict(message) for message in messages]
-    first = next((message for message in said if message["role"] == "user"), said[0])
-    first["content"] = STATED.format(tools=listed) + (first.get("content") or "")
-    return said
 
 
 def _render(

@@ -89,8 +89,9 @@ class OutputTerm(Term):
     supports: ClassVar[frozenset[str]] = frozenset({"dense"})
     """Of a term that needs the teacher's output: over what it is defined, the whole vocabulary or the top k tokens and the rest."""
 
-    def refuses(self, support: str, temperatures: Collection[float] | None) -> str | None:
-        """Why this term cannot be had of a teacher that gives its output on this support and at these temperatures (None: any)."""
+    def refuses(self, support: str, temperatures: Collection[float] | None, k: int | None = None) -> str | None:
+        """Why this term cannot be had of a teacher that gives its output on this support, at these temperatures (None: any), and of
+        top tokens at most `k` (None: not known)."""
         if self.needs(1, 1).output and support not in self.supports:
             return f"{self.type} is defined on {' and '.join(sorted(self.supports))}, and the teacher gives {support}"
         return None

@@ -167,7 +167,7 @@ class SkewKL(Divergence):
     """KL(p || alpha p + (1 - alpha) q): forward KL that stays below -log(alpha) where q vanishes (DistiLLM, 2402.03898)."""
 
     type: Literal["skew_kl"] = "skew_kl"
-    alpha: float = Field(0.1, gt=0, lt=1)
+    alpha: float = Field(0.1, ge=0.001, le=0.999)
     """The teacher's share of the mixture. Near 0 it is forward KL; more bounds what a token can cost, and weakens the gradient."""
 
     t_squared: ClassVar[bool] = True
@@ -185,7 +185,7 @@ class SkewReverseKL(Divergence):
     """KL(q || (1 - alpha) p + alpha q): reverse KL that stays below -log(alpha) where p vanishes (DistiLLM, 2402.03898)."""
 
     type: Literal["skew_reverse_kl"] = "skew_reverse_kl"
-    alpha: float = Field(0.1, gt=0, lt=1)
+    alpha: float = Field(0.1, ge=0.001, le=0.999)
     """The student's share of the mixture. Near 0 it is reverse KL; more bounds what a token can cost, and weakens the gradient."""
     detach_mixture: bool = False
     """Treat the student inside of the mixture as a constant, as some published code does. The gradient is then not that of the value."""
@@ -236,8 +236,11 @@ class AlphaBeta(Divergence):
 
     @model_validator(mode="after")
     def _not_both_zero(self) -> AlphaBeta:
-        if self.alpha + self.beta == 0:
-            raise ValueError("found alpha 0 and beta 0, expected at least one above 0; (1, 0) is forward_kl, (0, 1) is reverse_kl")
+        if self.alpha + self.beta < _SMALLEST_SUM:
+            raise ValueError(
+                f"found alpha {self.alpha:g} and beta {self.beta:g}, expected together at least {_SMALLEST_SUM:g}; (1, 0) is forward_kl, "
+                "(0, 1) is reverse_kl"
+            )
         return self
 
     def values(self, bins: Bins) -> Float[Tensor, " n"]:
@@ -295,6 +298,10 @@ _TINY = 1e-37
 """A normal float32: the reciprocal and the logarithm are finite."""
 _SAFE_EXPONENT = 0.1
 """From here on the sum in the definition of alpha_beta loses little, and is cheaper than the differences."""
+_SMALLEST_SUM = 0.01
+"""Of the exponents of alpha_beta; below, all tokens of the vocabulary count alike and float32 sees rounding."""
+_VANISHING = 1e-9
+"""An exponent that float32 cannot tell from 0."""
 _HEAD_MASS = 0.5
 _FIRST_TRIED = 64
 """Most heads are smaller, and a partial sort is cheaper than a full one."""
@@ -308,6 +315,7 @@ def _head_share(bins: Bins) -> Float[Tensor, "n 1"]:
     while True:
         top = tokens.topk(size, dim=-1)
         mass = top.values.cumsum(-1)
+        # a number read from an accelerator, once per block of 2^25 logits: far cheaper there than to sort them all
         if size == tokens.shape[1] or bool((mass[:, -1] > _HEAD_MASS).all()):
             break
         size = min(size * 8, tokens.shape[1])
@@ -321,7 +329,7 @@ def _head_share(bins: Bins) -> Float[Tensor, "n 1"]:
 def _quotient(log_power: Tensor, log_ratio: Tensor, c: float) -> Tensor:
     """power (ratio^c - 1) / c, and its limit power log(ratio) at c = 0. The larger of power and power ratio^c is factored out, so that
     nothing overflows."""
-    if c == 0:
+    if c < _VANISHING:
         return log_power.exp() * log_ratio
     exponent = log_ratio * c
     up, down = exponent.clamp(min=0), exponent.clamp(max=0)

@@ -1,4 +1,5 @@
-"""Hidden-state distillation: the residual streams of mapped blocks are drawn together, through trained projections where widths differ.
+"""Hidden-state distillation: the residual streams of mapped blocks are drawn together, through trained projections where widths differ
+or one is asked for.
 
 Which blocks are mapped is decided here; the states themselves come from the learner (student) and the signal (teacher).
 """
@@ -113,15 +114,16 @@ class Hidden(MappedHidden):
     normalize: Literal["layer_norm", "none"] = "layer_norm"
     """`layer_norm` brings each state to mean 0 and variance 1 first; without it `mse` sees little but a few outlier features."""
     projection: Literal["random", "orthogonal", "ridge"] = "random"
-    """What projections begin with: independent normal numbers; `orthogonal` columns or rows, which keep angles; or the ridge regression of
-    the teacher's states on the student's at the first samples of the run, which begins with a lower loss."""
+    """What projections begin with. `random`: independent normal numbers, and no projection where student and teacher have one width. The
+    others project there too: `orthogonal` columns or rows, which keep angles, and the `ridge` regression of the teacher's states on the
+    student's at the first samples of the run, which begins with a lower loss."""
 
     def projections(self, num_pairs: int, student_width: int, teacher_width: int, generator: Generator) -> nn.ModuleList:
-        """One linear map per pair where the widths differ, drawn from `generator` so that every rank and every run starts alike."""
+        """One linear map per pair, if one is wanted, drawn from `generator` so that every rank and every run starts alike."""
         from torch import nn
 
         maps = nn.ModuleList()
-        for _ in range(num_pairs if student_width != teacher_width else 0):
+        for _ in range(num_pairs if student_width != teacher_width or self.projection != "random" else 0):
             linear = nn.Linear(student_width, teacher_width, bias=False)
             if self.projection == "orthogonal":
                 nn.init.orthogonal_(linear.weight, generator=generator)
@@ -131,7 +133,7 @@ class Hidden(MappedHidden):
         return maps
 
     def fit(self, projections: nn.ModuleList, pairs: LayerPairs, calibration: Calibration) -> None:
-        if self.projection != "ridge" or not len(projections):
+        if self.projection != "ridge":
             return
         from limbeck.objectives.layer_map import ridge
 

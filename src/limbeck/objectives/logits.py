@@ -39,7 +39,7 @@ class Logits(OutputTerm):
     def _factor(self) -> float:
         return self.temperature**2 if self.divergence.t_squared else 1.0
 
-    def refuses(self, support: str, temperatures: Collection[float] | None) -> str | None:
+    def refuses(self, support: str, temperatures: Collection[float] | None, k: int | None = None) -> str | None:
         if support not in self.divergence.supports:
             known = " and ".join(sorted(self.divergence.supports))
             return f"{self.divergence.type} is defined on {known}, and the teacher gives {support}"

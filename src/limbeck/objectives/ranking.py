@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -37,6 +38,11 @@ class Ranking(OutputTerm):
         if self.margin and self.measure != "hinge":
             raise ValueError(f"found margin {self.margin:g} beside measure {self.measure!r}, expected it with `measure: hinge` only")
         return self
+
+    def refuses(self, support: str, temperatures: Collection[float] | None, k: int | None = None) -> str | None:
+        if support == "top_k" and k == 1:
+            return "found a capture of one token per distribution, expected 2 or more to put in order; capture again with a larger k"
+        return super().refuses(support, temperatures, k)
 
     def needs(self, student_layers: int, teacher_layers: int) -> Needs:
         return Needs(output=True)

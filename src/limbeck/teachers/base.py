@@ -21,12 +21,14 @@ class Provides:
     """What a teacher can say, as far as it is known without loading it.
 
     `layers` are the blocks whose states it can give; None where that is not known before it is loaded. `width` is E, and `vocabulary` V
-    with padded rows. Its output comes on a `support`, at `temperatures`, or at any where that is None.
+    with padded rows. Its output comes on a `support`, at `temperatures`, or at any where that is None, with at most `k` tokens of a
+    distribution, or with others than top tokens where that is None.
     """
 
     output: bool = False
     support: str = "dense"
     temperatures: tuple[float, ...] | None = None
+    k: int | None = None
     layers: frozenset[int] | None = frozenset()
     num_layers: int | None = None
     width: int | None = None

@@ -29,6 +29,7 @@ class StoreTeacher(Teacher):
             output=True,
             support=manifest.codec.support,
             temperatures=manifest.temperatures,
+            k=getattr(manifest.codec, "k", None),
             layers=frozenset(manifest.layers),
             num_layers=manifest.teacher.num_layers,
             width=manifest.teacher.width,

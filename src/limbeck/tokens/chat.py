@@ -155,7 +155,8 @@ def _refuse_dropped(chat: _Chat, text: str) -> None:
     """
     if chat.tools and chat.text(chat.messages, tools=False) == text:
         raise DataError(
-            f"{chat.where}: tools are given, but the tokenizer's chat template ignores them; expected a template with tool support"
+            f"{chat.where}: tools are given, but the tokenizer's chat template ignores them; expected a template with "
+            "tool support, or the data set with `tools: stated`, which puts them in words"
         )
     probes: dict[str, str] = {}
 

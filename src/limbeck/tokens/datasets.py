@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -28,6 +28,7 @@ from limbeck.spec import Spec
 from limbeck.tokens.files import rows_of
 from limbeck.tokens.formats import EXPECTED, Format, conversation_of
 from limbeck.tokens.sample import Conversation, Sample
+from limbeck.tokens.stated import in_words
 
 
 class DataSet(Spec):
@@ -50,6 +51,9 @@ class DataSet(Spec):
     convert: str | None = None
     """`module:function`, importable from the working directory, that is called with every row and returns one of a known format, or None to
     leave the row out. It is your code, and runs."""
+    tools: Literal["template", "stated"] = "template"
+    """How the model is told of a row's tools: by the tokenizer's chat template, or `stated` in words, with calls as text, where that has no
+    place for them. A model is asked likewise by the benchmark `function_calling`."""
     held_out: float | None = Field(None, gt=0, lt=1)
     """Share of the rows, drawn by their content, that training leaves out; a benchmark with the same setting uses only these."""
     limit: int | None = Field(None, gt=0)
@@ -108,6 +112,8 @@ class DataSet(Spec):
         """The rows of one side, in their order."""
         counts = {"rows": 0, "left_out": 0, "other_side": 0}
         conversations = [conversation for _, conversation in self._limited(self._conversations(held_out, counts))]
+        if self.tools == "stated":
+            conversations = [in_words(conversation) for conversation in conversations]
         if not counts["rows"]:
             raise DataError(f"{self.name}: found no rows, expected rows with {EXPECTED}")
         return Chosen(self.name, conversations, counts["rows"], counts["left_out"], counts["other_side"])
