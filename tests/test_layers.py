@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("5", ("recipe", "suites")),
     ("6", ("calibration", "step")),
     ("6", ("trainer", "capture")),
-    ("6", ("remeasure",)),
+    ("6", ("remeasure", "importing")),
     ("7", ("report",)),
     ("7", ("study",)),
     ("7", ("protocol",)),

@@ -331,7 +331,7 @@ def test_epochs(tree):
         ({"objective": {"type": "ce"}}, "objective: found {'type': 'ce'}, expected a valid list"),
         (
             {"teacher": {"type": "modle", "model": "x"}},
-            "teacher: found type 'modle', expected one of: model, none, server, store; did you mean",
+            "teacher: found type 'modle', expected one of: distillkit, model, none, server, store; did you mean",
         ),
         ({"source": {"type": "datasets"}}, "source: found type 'datasets', expected one of: dataset; did you mean 'dataset'?"),
         ({"source": {"data": []}}, "source.data: found nothing"),
@@ -386,7 +386,7 @@ def test_what_capturing_needs(tree, tmp_path):
     write_store(tmp_path / "store")
     for teacher in ({"type": "none"}, {"type": "store", "path": "store"}):
         with pytest.raises(
-            RecipeError, match=f"^teacher.type: found {teacher['type']!r}, expected one of 'model', 'server': only a teacher"
+            RecipeError, match=f"^teacher.type: found {teacher['type']!r}, expected one of 'distillkit', 'model', 'server': only a teacher"
         ):
             parse_recipe(tree | section | {"teacher": teacher}).for_capture()
     with pytest.raises(RecipeError, match=r"^capture\.layers: found 6, expected 0 to 5, the teacher's blocks$"):

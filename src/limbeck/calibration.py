@@ -19,12 +19,12 @@ from limbeck.store.plan import Wanted
 from limbeck.store.told import told_rows
 from limbeck.student import Student
 from limbeck.teachers.model import ModelScorer, observed_log_probs
-from limbeck.teachers.server import ServerScorer
+from limbeck.teachers.told import ToldScorer
 from limbeck.tokens.pad import pad
 from limbeck.tokens.sample import Sample
 
 
-def score(scorer: ModelScorer | ServerScorer, part: Sequence[Wanted], device: str) -> tuple[Batch, Signal]:
+def score(scorer: ModelScorer | ToldScorer, part: Sequence[Wanted], device: str) -> tuple[Batch, Signal]:
     """What the teacher says of a batch: of all its samples what is wanted of any."""
     needs = Needs(output=True)
     for one in part:
@@ -48,7 +48,7 @@ def calibration_split(samples: Sequence[Sample], count: int) -> tuple[list[Sampl
 class Signals:
     """What the teacher says of some samples. It runs when that is first asked for; a codec that fits nothing costs nothing."""
 
-    def __init__(self, scorer: ModelScorer | ServerScorer, samples: Sequence[Sample], batch_size: int, device: str) -> None:
+    def __init__(self, scorer: ModelScorer | ToldScorer, samples: Sequence[Sample], batch_size: int, device: str) -> None:
         self._scorer, self.samples, self._batch_size, self._device = scorer, samples, batch_size, device
 
     @cached_property

@@ -42,7 +42,7 @@ from limbeck.store.reader import StoreReader
 from limbeck.store.verify import Damage, damages
 from limbeck.store.writer import StoreWriter, collect, part_of, write_head, write_model
 from limbeck.teachers.model import ModelScorer
-from limbeck.teachers.server import ServerScorer
+from limbeck.teachers.told import ToldScorer
 from limbeck.tokens.identity import template_hash, vocabulary_hash
 from limbeck.tokens.pad import pad
 from limbeck.tokens.sample import Sample
@@ -104,7 +104,7 @@ class _Capture:
         groups += [(benchmark.samples(self.tokenizer), Needs(output=True)) for benchmark in recipe.evaluate]
         self.wanted = once(groups)
         self.spelling = Spelling(self.tokenizer)
-        self.scorer: ModelScorer | ServerScorer = self.teacher.open(self.tokenizer, self.needs, world.device)
+        self.scorer: ModelScorer | ToldScorer = self.teacher.open(self.tokenizer, self.needs, world.device)
         for samples, _ in groups:
             self.scorer.require(samples)
 

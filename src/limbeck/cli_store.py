@@ -1,4 +1,4 @@
-"""`limbeck store`: look at a capture, compare it with its checksums, mend it."""
+"""`limbeck store`: look at a capture, compare it with its checksums, mend it, import one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from limbeck.cli_options import Json, Overrides, RecipeFile, StoreOut, captured, finish, read_capture, read_recipe
 from limbeck.log import console, say
 
-store_app = typer.Typer(no_args_is_help=True, help="Captures of teachers: look at them, verify and repair them.")
+store_app = typer.Typer(no_args_is_help=True, help="Captures of teachers: look at them, verify, repair and import them.")
 
 StorePath = Annotated[str, typer.Argument(help="Store: a folder, or a URL that fsspec reads.", metavar="STORE")]
 
@@ -46,6 +46,25 @@ def inspect(
         write_plot(found, plot)
         say(f"plot: {plot}")
     finish(found, as_json)
+
+
+@store_app.command("import")
+def import_(
+    recipe: RecipeFile,
+    folder: Annotated[Path, typer.Argument(help="Capture by DistillKit: the folder with its Parquet files.", metavar="CAPTURE")],
+    overrides: Overrides = None,
+    out: StoreOut = None,
+    settings: Annotated[Path | None, typer.Option(help="Its codec's settings; compression_config.yaml in CAPTURE where not given.")] = None,
+    teacher: Annotated[str, typer.Option(help="Which teacher it was, for the manifest.")] = "unknown",
+    as_json: Json = False,
+) -> None:
+    """Make a store of what another toolkit captured of a recipe's source."""
+    from limbeck.importing import importing_recipe
+
+    parsed = importing_recipe(recipe, folder, overrides or [], out, settings, teacher)
+    from limbeck.capture import capture as run_capture
+
+    finish(captured(parsed, run_capture(parsed)), as_json)
 
 
 @store_app.command()

@@ -103,7 +103,9 @@ def test_a_url_is_no_place_to_write(base):
 def test_what_cannot_be_captured_is_said_before_anything_loads(base, change, monkeypatch):
     monkeypatch.setattr(capture_module, "load_tokenizer", lambda *args: pytest.fail("loaded something"))
     tree = {**base, "capture": {"path": "store"}, **change}
-    with pytest.raises(RecipeError, match=r"^(capture: missing|teacher\.type: found 'none', expected one of 'model', 'server')"):
+    with pytest.raises(
+        RecipeError, match=r"^(capture: missing|teacher\.type: found 'none', expected one of 'distillkit', 'model', 'server')"
+    ):
         limbeck.capture(tree)
 
 

@@ -106,7 +106,7 @@ def test_another_model_behind_the_same_name_is_noticed(recipe, server, tokenizer
     ("override", "message"),
     [
         ("capture.codec={type: exact}", "found 'exact', expected topk or nucleus with `prior: false`"),
-        ("capture.codec.k=9", "found k 9, expected at most 8, teacher.k"),
+        ("capture.codec.k=9", "found k 9, expected at most 8, which the teacher tells"),
         ("capture.codec.prior=true", "found prior true, expected false"),
         ("capture.codec.temperatures=[1, 2]", r"found temperatures \[1.0, 2.0\], expected \[1\]"),
         ("capture.layers=[1]", "capture.layers: found 1, expected none of a 'server' teacher"),

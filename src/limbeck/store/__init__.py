@@ -6,6 +6,7 @@ shard, offsets  the Parquet file that holds those bytes     manifest  what a cap
 plan            which samples make up which shard           verify    whether a store is what it was
 certificate     what a codec loses                      choose    how much it keeps, for a target
 writer, reader  a capture being written, and being used     told      what a teacher told that is not here, as rows and a head
+distillkit      what another toolkit captured
 """
 
 from limbeck.store.codec import Codec, Exact

@@ -9,6 +9,8 @@ from limbeck.store.certificate import in_words
 from limbeck.store.manifest import MANIFEST, read_manifest
 from limbeck.store.place import Place
 
+_UNKNOWN = {"tail": "that mass was not told, and counts as 0", "observed": "of targets outside of those the log-probability is a mean"}
+
 
 def summary(path: str | Path) -> dict[str, Any]:
     """What a store holds. `bytes_per_token` counts everything that lies on the disk, per scored token."""
@@ -37,6 +39,7 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     bits = f" in {teacher['load_in']}" if teacher["load_in"] else ""
     weights = f"{teacher['dtype']}, weights {teacher['weights_sha256'][:12]}" if teacher["weights_sha256"] else "its weights are not known"
     told = f"; it told {teacher['told']} tokens and the mass of the others" if teacher["told"] else ""
+    told += "".join(f"; {_UNKNOWN[name]}" for name in teacher["unknown"])
     shown = [
         ("teacher", f"{teacher['name']}{revision}{bits}, {weights}{told}"),
         ("codec", _settings(found["codec"]) + ", " + _temperatures(found["temperatures"])),

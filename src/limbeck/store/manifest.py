@@ -90,6 +90,9 @@ class TeacherIdentity(Spec):
     told: int | None = None
     """It told so many of its most probable tokens and the mass of the others, which is all that the certificate knows of it; None for one
     that told everything."""
+    unknown: tuple[Literal["tail", "observed"], ...] = ()
+    """`observed`: it did not tell the log-probability of targets outside of those tokens, and the mean of the others stands for it. `tail`:
+    it did not tell the mass of the others, and it counts as nothing."""
 
 
 class Manifest(Spec):

@@ -10,7 +10,6 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from threading import Event, Lock
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from limbeck.errors import LimbeckError, ModelError, RunError, nearest
 from limbeck.log import warn
+from limbeck.teachers.told import Told
 from limbeck.tokens.identity import MAX_EXTRA_IDS
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
@@ -30,17 +30,6 @@ MASS_ERROR = 1e-3
 """Probabilities may add up to so much more than 1 by rounding."""
 SMALLEST_TAIL = 1e-7
 """1 minus the told mass is rounding noise below it."""
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a server said of n tokens of a document: its k most probable tokens `ids [n, k]`, most probable first, their `log_probs`, the
-    log of the mass of the others `[n]`, and the log-probability of the token that is there, `observed [n]`."""
-
-    ids: np.ndarray
-    log_probs: np.ndarray
-    log_tail: np.ndarray
-    observed: np.ndarray
 
 
 class BadAnswerError(Exception):

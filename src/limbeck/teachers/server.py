@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -16,19 +15,16 @@ from pydantic import Field, field_validator
 from limbeck.cache import resolve_tokenizer
 from limbeck.errors import ModelError, RecipeError
 from limbeck.objectives.base import Needs
-from limbeck.store import Codec
 from limbeck.store.manifest import TeacherIdentity
-from limbeck.store.top_k import TopTokens
-from limbeck.teachers.base import Provides, Teacher
+from limbeck.teachers.told import Document, Told, ToldScorer, ToldTeacher, documents
 from limbeck.tokens.sample import Sample
 
 if TYPE_CHECKING:
     from limbeck.batch import Batch, Signal
-    from limbeck.objectives.head import Head
-    from limbeck.teachers.client import Client, Told
+    from limbeck.teachers.client import Client
 
 
-class ServerTeacher(Teacher):
+class ServerTeacher(ToldTeacher):
     """A model behind an OpenAI-compatible API that takes token ids and gives `prompt_logprobs` keyed by token id, as vLLM does.
 
     It tells its k most probable tokens and, by what is left to 1, the mass of the others: losses see a top-k teacher at temperature 1.
@@ -54,8 +50,6 @@ class ServerTeacher(Teacher):
     patience_seconds: float = Field(600, gt=0)
     """How long a document is asked for again where the server is busy, ill or gone, before the run stops."""
 
-    computes: ClassVar[bool] = True
-
     @field_validator("url")
     @classmethod
     def _is_plain(cls, url: str) -> str:
@@ -67,6 +61,10 @@ class ServerTeacher(Teacher):
         return url
 
     @property
+    def told(self) -> int:
+        return self.k
+
+    @property
     def speaks(self) -> tuple[str, str | None]:
         return self.tokenizer, self.revision
 
@@ -76,22 +74,6 @@ class ServerTeacher(Teacher):
             raise RecipeError(f"teacher.type: 'server' needs {missing[0]!r}, which is not installed: pip install 'limbeck[server]'")
         if self.key_variable is not None and not os.environ.get(self.key_variable):
             raise RecipeError(f"teacher.key_variable: the environment has no {self.key_variable}; expected the server's key in it")
-
-    def provides(self) -> Provides:
-        return Provides(output=True, support="top_k", temperatures=(1.0,))
-
-    def refuses_codec(self, codec: Codec, is_chosen: bool) -> str | None:
-        if not isinstance(codec, TopTokens):
-            return f"found {codec.type!r}, expected topk or nucleus with `prior: false`: a server tells its first tokens only"
-        if is_chosen:
-            return "found a target, expected a `k`: what is lost cannot be measured against tokens that the server does not tell"
-        if codec.k > self.k:
-            return f"found k {codec.k}, expected at most {self.k}, teacher.k"
-        if codec.prior:
-            return "found prior true, expected false: how a served teacher spreads its other mass is not known"
-        if codec.temperatures != (1.0,):
-            return f"found temperatures {list(codec.temperatures)}, expected [1]: the mass that a server leaves untold is known there"
-        return None
 
     def open(self, tokenizer: Any, needs: Needs, device: str = "cpu") -> ServerScorer:
         from limbeck.models import load_tokenizer
@@ -111,44 +93,19 @@ class ServerTeacher(Teacher):
         return TeacherIdentity(name=self.served_name, told=self.k)
 
 
-@dataclass(frozen=True)
-class _Document:
-    """A document of a batch, and the offsets of its scored tokens."""
-
-    ids: np.ndarray
-    wanted: np.ndarray
-
-    @property
-    def key(self) -> tuple[bytes, bytes]:
-        return self.ids.tobytes(), self.wanted.tobytes()
-
-
-class ServerScorer:
+class ServerScorer(ToldScorer):
     """Asks for each document by itself, several at once, and for those of the next batches meanwhile."""
 
-    num_layers, width = 0, 0
-
     def __init__(self, client: Client, k: int, vocabulary: int, longest: int | None, concurrency: int, device: str) -> None:
-        self.name, self.vocabulary, self.needs = client.name, vocabulary, Needs(output=True)
-        self._client, self._k, self._longest, self._device = client, k, longest, device
+        super().__init__(client.name, k, vocabulary, device)
+        self._client, self._longest = client, longest
         self._pool = ThreadPoolExecutor(concurrency)
         self._coming: dict[tuple[bytes, bytes], Future[Told]] = {}
-
-    @property
-    def head(self) -> Head:
-        """What maps the rows of `told_rows` to logits: codecs take a teacher so."""
-        from limbeck.store.told import ToldHead
-
-        return ToldHead.of(self.vocabulary, self._device)
 
     @property
     def note(self) -> str:
         """How often the server was asked again, by cause."""
         return self._client.in_words()
-
-    def asking(self, needs: Needs) -> ServerScorer:
-        """It has nothing to leave out."""
-        return self
 
     def require(self, samples: Sequence[Sample]) -> None:
         longest = max((len(sample.ids) for sample in samples), default=0)
@@ -158,23 +115,16 @@ class ServerScorer:
                 "set source.max_length, or start the server with more (vLLM: --max-model-len)"
             )
 
-    def verify_packing(self) -> None:
-        """Documents are asked for one by one, in whatever row they stand."""
-
     def expect(self, batches: Sequence[Batch]) -> None:
         """The server computes while the student does."""
         for batch in batches:
-            for document in _documents(batch):
+            for document in documents(batch):
                 if document.key not in self._coming:
                     self._coming[document.key] = self._submit(document)
 
     def score(self, batch: Batch) -> Signal:
-        import torch
-
-        from limbeck.batch import Signal, TopK
-
         self.expect([batch])
-        answers = [self._coming[document.key] for document in _documents(batch)]
+        answers = [self._coming[document.key] for document in documents(batch)]
         self._coming = {key: answer for key, answer in self._coming.items() if answer not in answers}
         try:
             told = [answer.result() for answer in answers]
@@ -182,19 +132,7 @@ class ServerScorer:
             self._client.stop()
             self._pool.shutdown(wait=False, cancel_futures=True)
             raise
-        empty = (np.zeros((0, self._k), np.int64), np.zeros((0, self._k), np.float32), np.zeros(0, np.float32), np.zeros(0, np.float32))
-        columns = [(one.ids, one.log_probs, one.log_tail, one.observed) for one in told]
-        ids, log_probs, log_tail, observed = (torch.from_numpy(np.concatenate(each)) for each in zip(empty, *columns, strict=True))
-        return Signal(sparse=TopK(ids, log_probs, {1.0: log_tail}), observed=observed).to(batch.input_ids.device)
+        return self.signal(batch, told)
 
-    def _submit(self, document: _Document) -> Future[Told]:
-        return self._pool.submit(self._client.ask, document.ids, document.wanted, self._k, self.vocabulary)
-
-
-def _documents(batch: Batch) -> list[_Document]:
-    """Those with scored tokens, in the order of these."""
-    documents, ids, offsets = (values.flatten().cpu().numpy() for values in (batch.document_ids, batch.input_ids, batch.offsets))
-    scored = batch.scored.cpu().numpy()
-    of_scored = documents[scored]
-    numbers = of_scored[np.flatnonzero(np.diff(of_scored, prepend=-1))].tolist()
-    return [_Document(ids[documents == number], offsets[scored[of_scored == number]]) for number in numbers]
+    def _submit(self, document: Document) -> Future[Told]:
+        return self._pool.submit(self._client.ask, document.ids, document.wanted, self.k, self.vocabulary)
