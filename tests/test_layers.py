@@ -21,7 +21,8 @@ PACKAGE = ROOT / "src" / "limbeck"
 # that is in it; a dotted name (`report.stats`) takes one module out of its package. The empty name is `limbeck/__init__.py`.
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("0", ("errors",)),
-    ("0", ("spec", "batch", "run", "log", "cache")),
+    ("0", ("spec", "batch", "run", "log", "cache", "jobs")),
+    ("0", ("on_ray",)),
     ("1", ("objectives", "tokens", "report.stats", "report.crossed")),
     ("1", ("store", "report.verdict")),
     ("1", ("report.gap",)),
@@ -44,7 +45,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("8", ("export",)),
     ("8", ("demo",)),
     ("8", ("cli_options",)),
-    ("8", ("cli_store",)),
+    ("8", ("cli_store", "cli_assets")),
     ("8", ("cli",)),
     ("top", ("", "__main__")),
 )

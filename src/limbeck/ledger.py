@@ -73,6 +73,17 @@ class Ledger:
         grids = {arm.name: tune.of.get(arm.name, tune.learning_rates) for arm in self.arms.values() if arm.role == "arm"}
         return [Task(arm, tune.seed, rate, True) for arm, rates in grids.items() if len(rates) > 1 for rate in rates]
 
+    def tunable(self) -> list[Task]:
+        """Tuning runs without a record that can begin: all arms that they start from have their rates."""
+        waiting = [task for task in self.tuning_tasks() if self.recorded(task) is None]
+        arms = {task.arm for task in waiting}
+        return [task for task in waiting if arms.isdisjoint(self.ancestors(task.arm))]
+
+    def ancestors(self, arm: str) -> list[str]:
+        """The arms that it starts from, nearest first."""
+        parent = self.arms[arm].parent
+        return [parent, *self.ancestors(parent)] if parent else []
+
     def tasks(self) -> list[Task]:
         """All runs, seed by seed, so that a study that is stopped has whole comparisons to show."""
         most = max(len(arm.seeds) for arm in self.arms.values())
