@@ -123,10 +123,10 @@ class _ShardWorker:
             self._capture = _Capture(recipe, world)
         self._todo = self._capture.todo()
 
-    def __call__(self, number: int) -> int:
-        if number in self._todo:  # else a worker that died had finished it
-            self._capture.write([(number, self._todo[number])])
-        return number
+    def __call__(self, item: int) -> int:
+        if item in self._todo:  # else a worker that died had finished it
+            self._capture.write([(item, self._todo[item])])
+        return item
 
 
 def _ended(folder: Path) -> None:

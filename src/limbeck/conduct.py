@@ -19,16 +19,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck import protocol
-from limbeck.cache import weight_shapes
 from limbeck.errors import ModelError, RecipeError, RunError
 from limbeck.evaluate import Benchmark
+from limbeck.flops import asks_teacher, compute
 from limbeck.jobs import Executor, Job, Local
-from limbeck.ledger import Ledger, Task, asks_teacher
+from limbeck.ledger import Ledger, Task
 from limbeck.log import is_main_process, say
 from limbeck.objectives.base import Needs, needs_of
 from limbeck.recipe import Recipe, check_files, parse_recipe
@@ -155,7 +154,7 @@ class Conduct:
             self._grade(model, load_tokenizer(str(run.student), None), benchmarks, run.path, world)
             wanted = [benchmark.key for benchmark in benchmarks]
             record = replace(record, evals={name: result for name, result in run.evals().items() if name in wanted})
-        about: dict[str, Any] = {"compute": compute(self.ledger.arms[task.arm].recipe, record)}
+        about: dict[str, Any] = {"compute": compute(self.ledger.arms[task.arm].recipe, record.totals["tokens"])}
         if parent := self.ledger.parent(task):
             file, folder = self.ledger.file(parent), self.path / parent.folder
             above = read_record(file) if file.is_file() else records.of_run(folder, parent.arm, parent.seed)
@@ -263,26 +262,6 @@ def run_study(study: Study, path: Path | str, results: Path | str | None = None,
         return {}
     ledger.index()
     return _report(conduct)
-
-
-def compute(recipe: Recipe, record: RunRecord) -> dict[str, float | None]:
-    """Floating-point operations of a run, of the student and of the teacher as if it had scored every token anew."""
-    tokens = record.totals["tokens"]
-    return {f"{who}_flops": None if each is None else each * tokens for who, each in flops_per_token(recipe).items()}
-
-
-def flops_per_token(recipe: Recipe) -> dict[str, float | None]:
-    """The usual count: 6 for a trained parameter (2 forward, 4 backward), 4 for a frozen one of the student, 2 for one of the teacher"""
-    student, _ = recipe.for_training()
-    sizes, taught = student.num_parameters(), None
-    if not asks_teacher(recipe):
-        taught = 0
-    elif isinstance(recipe.teacher, ModelTeacher) and (shapes := weight_shapes(recipe.teacher.model, recipe.teacher.revision)):
-        taught = sum(prod(shape) for shape in shapes.values())
-    return {
-        "student": 6.0 * sizes["trained"] + 4.0 * sizes["frozen"] if sizes else None,
-        "teacher": None if taught is None else 2.0 * taught,
-    }
 
 
 def _needs(recipe: Recipe) -> Needs:

@@ -1,7 +1,7 @@
 """Ray: the only file that calls it. Runs of a study become tasks, and shards of a capture rows of a data set whose actors hold the teacher.
 
-Every node has to see the same folders under the same paths, as for any job on a cluster: a run leaves its weights and records there. A worker
-that dies is replaced, and what it did is begun again, which for a run is at its checkpoint.
+Every node has to see the same folders under the same paths: a run leaves its weights and records there. A worker that dies is replaced, and
+what it did is begun again, which for a run is at its checkpoint.
 """
 
 from __future__ import annotations

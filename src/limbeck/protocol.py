@@ -38,7 +38,10 @@ def claim(study: Study, path: Path, results: Path) -> None:
         "seeds": study.seeds,
         "references": study.references,
         "baseline": study.baseline,
-        "arms": {name: {"role": arm.role, "parent": arm.parent, "seeds": arm.seeds} for name, arm in plan.items()},
+        "arms": {
+            name: {"role": arm.role, "parent": arm.parent, "seeds": arm.seeds} | ({"at_cost_of": arm.at_cost_of} if arm.at_cost_of else {})
+            for name, arm in plan.items()
+        },
         "recipes": {name: {key: value for key, value in arm.recipe.to_json().items() if key != "seed"} for name, arm in plan.items()},
         "index": there.get("index", {}),
         **_protocol(there, declared, any((results / FOLDER).glob("*-seed-*.json"))),
@@ -51,9 +54,11 @@ def claim(study: Study, path: Path, results: Path) -> None:
 def declaration(study: Study) -> dict[str, Any]:
     """What is declared before the first run, and its hash. Questions and names are not part of it."""
     plan = study.plan()
+    # what is added where it is asked for alone, leaves older declarations as they were
+    asked = set() if study.primary and study.primary.equal_compute else {"equal_compute"}
     declared: dict[str, Any] = {
-        "primary": study.primary.model_dump(mode="json") if study.primary else None,
-        "compared": [list(pair) for pair in study.compared],
+        "primary": study.primary.model_dump(mode="json", exclude=asked) if study.primary else None,
+        "compared": [*map(list, study.compared), *([arm, name] for name, its in plan.items() for arm in its.at_cost_of)],
         "seeds": {name: arm.seeds for name, arm in plan.items()},
         "tune": json.loads(study.tune.model_dump_json()) if study.tune else None,
         "recipes": {name: arm.recipe.to_json() for name, arm in plan.items()},

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from limbeck.conduct import flops_per_token
+from limbeck.flops import flops_per_token
 from limbeck.plan.memory import FLOAT, Shapes
 from limbeck.recipe import Capture, Recipe
 from limbeck.sources.base import OpenSource
