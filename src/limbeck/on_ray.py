@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,10 +22,17 @@ RETRIES = 3
 PASSED_ON = ("LIMBECK_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TOKENIZERS_PARALLELISM")
 """Variables that workers are given, so that they find what the driver finds. No keys: Ray shows these to anybody."""
 
+DEFAULTS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # else it reports its use to its makers
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns of what will be
+    "RAY_worker_niceness": "0",  # else a driver that waits comes before the workers that it waits for
+}
+"""How Ray is run where the environment does not say otherwise."""
+
 
 @dataclass(frozen=True)
 class OnRay:
-    """The cluster that RAY_ADDRESS names, or that runs on this machine, or else one that is started here and ended afterwards."""
+    """The cluster that RAY_ADDRESS names, or that runs on this machine, or else one that is started here and ends with this process."""
 
     cpus: float = 1.0
     """Of each worker; its threads, too."""
@@ -37,7 +43,8 @@ class OnRay:
         """Side by side, as many as there is room for. Where one fails, the others go on, and the first error comes at the end."""
         if not jobs:
             return
-        with _cluster() as ray, progress("jobs on Ray", len(jobs)) as bar:
+        ray = _connected()
+        with progress("jobs on Ray", len(jobs)) as bar:
             task, room = ray.remote(_do), self._room(ray)
             refs: dict[str, Any] = {}
             for job in jobs:
@@ -63,27 +70,27 @@ class OnRay:
 
     def map(self, make: Callable[[], Worker], items: Sequence[int]) -> Iterator[Any]:
         """With Ray Data: a pool of actors that grows to what the cluster has room for."""
-        with _cluster() as ray:
-            import ray.data as data
+        ray = _connected()
+        from ray import data
 
-            context = data.DataContext.get_current()
-            context.enable_progress_bars = False
-            room = self._room(ray)
-            rows = data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
-            # a shard is a block, so that any worker may take the next one
-            done = rows.map(
-                _Actor,
-                fn_constructor_args=(_here(), make),
-                compute=data.ActorPoolStrategy(min_size=1, max_size=min(_capacity(ray, room), len(items)), max_tasks_in_flight_per_actor=2),
-                max_restarts=RETRIES,
-                max_task_retries=RETRIES,
-                **room,
-            )
-            try:
-                for row in done.iter_rows():
-                    yield row["result"]
-            except Exception as error:
-                raise _told(error) from None
+        context = data.DataContext.get_current()
+        context.enable_progress_bars = False
+        room = self._room(ray)
+        rows = data.from_items([{"item": item} for item in items], override_num_blocks=len(items))
+        # a shard is a block, so that any worker may take the next one
+        done = rows.map(
+            _Actor,
+            fn_constructor_args=(_here(), make),
+            compute=data.ActorPoolStrategy(min_size=1, max_size=min(_capacity(ray, room), len(items)), max_tasks_in_flight_per_actor=2),
+            max_restarts=RETRIES,
+            max_task_retries=RETRIES,
+            **room,
+        )
+        try:
+            for row in done.iter_rows():
+                yield row["result"]
+        except Exception as error:
+            raise _told(error) from None
 
     def _room(self, ray: Any) -> dict[str, float]:
         """What each worker takes of a node."""
@@ -105,29 +112,23 @@ def require_ray() -> None:
         raise RecipeError("Ray is asked for, and is not installed; expected its package: pip install 'limbeck[ray]'")
 
 
-@contextmanager
-def _cluster() -> Iterator[Any]:
-    """Ray, connected. Whoever has connected before us, stays so."""
+def _connected() -> Any:
+    """Ray, connected for as long as this process lives: it ends what it has started here."""
     require_ray()
-    # Ray reports its use to its makers unless it is told not to
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
-        yield ray
-        return
+        return ray
     variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {MODE_VARIABLE: "quiet"}
     try:
         context = ray.init(logging_level="WARNING", include_dashboard=False, runtime_env={"env_vars": variables})
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
+    except Exception as error:  # of several kinds, a bare one among them
         raise RunError(f"Ray: no cluster could be reached or started: {error}") from error
-    try:
-        room = ray.cluster_resources()
-        say(f"Ray at {context.address_info['gcs_address']}: {room.get('CPU', 0):g} CPUs, {room.get('GPU', 0):g} GPUs")
-        yield ray
-    finally:
-        ray.shutdown()
+    room = ray.cluster_resources()
+    say(f"Ray at {context.address_info['gcs_address']}: {room.get('CPU', 0):g} CPUs, {room.get('GPU', 0):g} GPUs")
+    return ray
 
 
 def _capacity(ray: Any, room: dict[str, float]) -> int:

@@ -54,16 +54,22 @@ def claim(study: Study, path: Path, results: Path) -> None:
 def declaration(study: Study) -> dict[str, Any]:
     """What is declared before the first run, and its hash. Questions and names are not part of it."""
     plan = study.plan()
-    # what is added where it is asked for alone, leaves older declarations as they were
-    asked = set() if study.primary and study.primary.equal_compute else {"equal_compute"}
     declared: dict[str, Any] = {
-        "primary": study.primary.model_dump(mode="json", exclude=asked) if study.primary else None,
+        "primary": declared_primary(study),
         "compared": [*map(list, study.compared), *([arm, name] for name, its in plan.items() for arm in its.at_cost_of)],
         "seeds": {name: arm.seeds for name, arm in plan.items()},
         "tune": json.loads(study.tune.model_dump_json()) if study.tune else None,
         "recipes": {name: arm.recipe.to_json() for name, arm in plan.items()},
     }
     return {"sha256": digest(declared), **declared}
+
+
+def declared_primary(study: Study) -> dict[str, Any] | None:
+    """What decides. A key that came later is left out where it is not used, so that older declarations stay as they were."""
+    if study.primary is None:
+        return None
+    tree = study.primary.model_dump(mode="json")
+    return {key: value for key, value in tree.items() if key != "equal_compute" or value}
 
 
 def index(results: Path, found: dict[str, Any]) -> None:
