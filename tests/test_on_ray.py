@@ -1,4 +1,4 @@
-"""On Ray: what comes out is what one process makes, and a worker that dies costs nothing. One local cluster for all; run where Ray is installed."""
+"""On Ray: what comes out is what one process makes, and a worker that dies costs nothing. One local cluster for all tests."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ray = pytest.importorskip("ray")
 
 import limbeck
 from helpers import write_jsonl
@@ -23,13 +22,14 @@ from limbeck.jobs import Job, Local
 from limbeck.on_ray import OnRay
 from limbeck.study import Study
 
-pytestmark = pytest.mark.slow
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have the tests
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[OnRay]:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not have the tests
     ray.init(
         num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False, runtime_env={"env_vars": {"LIMBECK_LOG": "quiet"}}
     )

@@ -50,23 +50,22 @@ class OnRay:
             for job in jobs:
                 before = [refs[name] for name in job.after]
                 refs[job.name] = task.options(name=job.name, max_retries=RETRIES, **room).remote(_here(), job.do, *before)
-            names = {ref: name for name, ref in refs.items()}
-            first: Exception | None = None
+            names, befores = {ref: name for name, ref in refs.items()}, {job.name: job.after for job in jobs}
+            failed: dict[str, Exception] = {}
             while names:
                 (ref,), _ = ray.wait(list(names))
                 name = names.pop(ref)
                 try:
                     result = ray.get(ref)
                 except Exception as error:
-                    told = _told(error, f"{name}: ")
-                    if first is None:
-                        alert(f"{name}: {told}; the other jobs go on", style="red")
-                    first = first or told
+                    failed[name] = _told(error, f"{name}: ")
+                    if failed.keys().isdisjoint(befores[name]):
+                        alert(f"{name}: {failed[name]}; what does not need it goes on", style="red")
                 else:
                     bar.advance(note=name)
                     yield name, result
-            if first is not None:
-                raise first
+            if failed:
+                raise next(iter(failed.values()))
 
     def map(self, make: Callable[[], Worker], items: Sequence[int]) -> Iterator[Any]:
         """With Ray Data: a pool of actors that grows to what the cluster has room for."""
@@ -176,14 +175,16 @@ class _Actor:
         return {"result": self._worker(row["item"])}
 
 
-def _told(error: BaseException | None, where: str = "") -> Exception:
-    """The error as the job raised it, where it was one of ours; else one that says what Ray did not manage."""
-    seen: BaseException | None = error
-    while seen is not None:
-        cause = getattr(seen, "cause", None)
-        if isinstance(cause, LimbeckError):
-            return cause
-        if isinstance(seen, LimbeckError) and not hasattr(seen, "cause"):
-            return seen
-        seen = cause if isinstance(cause, BaseException) else seen.__cause__
-    return RunError(f"{where}Ray: {error}") if type(error).__module__.startswith("ray") else error  # type: ignore[return-value]
+def _told(error: BaseException, where: str = "") -> Exception:
+    """The error as a worker raised it, where it was one of ours; else one that says what Ray did not manage."""
+    for one in _causes(error):
+        if isinstance(one, LimbeckError) and not hasattr(one, "cause"):  # Ray's own wrapping is of the wrapped kind, too
+            return one
+    return RunError(f"{where}Ray: {error}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        cause = getattr(error, "cause", None)
+        error = cause if isinstance(cause, BaseException) else error.__cause__
