@@ -183,13 +183,13 @@ def _leaves(index: Mapping[str, Any], task: Any) -> Iterator[tuple[str, dict[str
     if isinstance(name, list):  # a group inside a group
         yield from (leaf for member in name for leaf in _leaves(index, member))
         return
-    entry = index.get(name)
-    config = {**((entry.cfg if entry else None) or {}), **changes}
-    members = config.get("task") if "group" in config else sorted(entry.tags) if entry and entry.cfg is None else None
+    entry = index.get(str(name))
+    own = (entry.cfg if entry else None) or {}
+    members = own.get("task") if "group" in own else sorted(entry.tags) if entry and entry.cfg is None else None
     if isinstance(members, list):
         yield from (leaf for member in members for leaf in _leaves(index, member))
     else:
-        yield str(name), config
+        yield str(name), {**own, **changes}
 
 
 def _data_files(config: Mapping[str, Any]) -> list[Path]:
