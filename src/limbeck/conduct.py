@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from limbeck.distributed import World
 
 
+SHOWN = ("name", "seeds", "num_runs", "statement", "answer", "scores", "differences", "costs", "equal_compute", "budgets")
+"""Of the report's figures, what `run_study` returns."""
 KEY = "key.json"
 """In a run's directory: the hash that it is known by."""
 
@@ -300,5 +302,5 @@ def _report(conduct: Conduct) -> dict[str, Any]:
         "path": str(path),
         "report": {"html": str(paths.html), "markdown": str(paths.markdown), "json": str(paths.json)},
         "seconds": seconds,
-        **{key: figures[key] for key in ("name", "seeds", "num_runs", "statement", "answer", "scores", "differences", "costs", "budgets")},
+        **{key: figures[key] for key in SHOWN},
     }

@@ -213,8 +213,7 @@ def _not_at_hand(config: Mapping[str, Any]) -> str | None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     name = config.get("dataset_path")
-    is_offline = settings.HF_HUB_OFFLINE or os.environ.get("HF_DATASETS_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    if not is_offline or not isinstance(name, str) or name in BUILDERS or os.path.exists(os.path.expanduser(name)):
+    if not settings.HF_HUB_OFFLINE or not isinstance(name, str) or name in BUILDERS or os.path.exists(os.path.expanduser(name)):
         return None
     places = (Path(settings.HF_DATASETS_CACHE, name.replace("/", "___")), Path(HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}"))
     wanted = {str(place).lower() for place in places}
