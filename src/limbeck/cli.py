@@ -110,7 +110,9 @@ def check(
         for arms, findings in diagnoses.items():
             say(f"\narms: {arms}" if arms else "")
             show_findings(findings)
-        say(f"{recipe}: valid {found['kind']}; {'go' if found['go'] else 'no go: see what says stop'}")
+        unseen = any(finding.level == "unknown" for findings in diagnoses.values() for finding in findings)
+        verdict = "no go: see what says stop" if not found["go"] else "go, as far as could be looked at" if unseen else "go"
+        say(f"{recipe}: valid {found['kind']}; {verdict}")
     finish(found, as_json)
     if not found["go"]:
         raise typer.Exit(NO_GO)
