@@ -93,7 +93,9 @@ def templates(student: Any, teacher: Any, chats: Sequence[Conversation]) -> Find
     """The same conversations through both chat templates."""
     check = "chat templates"
     if not student.chat_template:
-        return Finding(check, "stop", "the student has none, which `messages` need; expected an instruct model, or `prompt` and `completion`")
+        return Finding(
+            check, "stop", "the student has none, which `messages` need; expected an instruct model, or `prompt` and `completion`"
+        )
     if not teacher.chat_template:
         return Finding(check, "warning", "the teacher has none (a base model): it scores a format that it was not trained on")
     different: list[tuple[Conversation, str, str]] = []
