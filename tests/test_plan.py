@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 import limbeck
-import limbeck.plan as planning
 from limbeck import cli
 from limbeck.conduct import flops_per_token
 from limbeck.errors import RecipeError
@@ -24,6 +24,7 @@ from limbeck.recipe import parse_recipe
 ROWS = [
     {"messages": [{"role": "user", "content": "x " * (1 + i)}, {"role": "assistant", "content": f"It is {i}. " * 4}]} for i in range(12)
 ]
+planning = importlib.import_module("limbeck.plan")  # `limbeck.plan` is the function
 SHAPES = Shapes(rows=4, width=64, scored=100, most_scored=100, microbatches=2, vocabulary=400)
 
 
@@ -183,7 +184,8 @@ def test_measured_steps_and_devices_tell_the_time(recipe: dict[str, Any]) -> Non
         plan(recipe, measure=1, device="a100-80g")
 
 
-def test_a_change_that_is_advised_fits(recipe: dict[str, Any]) -> None:
+def test_a_change_that_is_advised_fits(recipe: dict[str, Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr(planning, "_process", lambda: 0)  # what Python holds comes and goes, and is more than this model
     rows = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "It is so. " * 60}]}] * 8
     wide = parse_recipe({**recipe, "source": {"type": "dataset", "data": {"rows": rows}}})
     full = plan(wide)

@@ -54,9 +54,10 @@ def plan(
     source, num_tokens = _opened(parsed)
     todo = work(parsed, source, num_tokens, processes)
     memory = simulate(parsed, todo.shapes)
+    held = CONTEXT if there else _process()  # once: it is compared with itself
 
     def parts_of(memory: Memory) -> dict[str, int]:
-        return {**each_holds(memory, processes, strategy), "process": CONTEXT if there else _process()}
+        return {**each_holds(memory, processes, strategy), "process": held}
 
     def peak_of(changed: Recipe) -> float:
         other = work(changed, source, num_tokens, processes)
