@@ -194,7 +194,7 @@ def test_a_change_that_is_advised_fits(recipe: dict[str, Any], monkeypatch: Any)
     assert not advised["fits"] and advised["to_fit"]["fits"]
     (change,) = advised["to_fit"]["changes"]
     assert change["overrides"] == ("train.micro_batch_size=2",) and advised["to_fit"]["peak"] <= limit
-    hopeless = plan(wide, memory_gb=0.001)["to_fit"]
+    hopeless = plan(wide, memory_gb=0.0001)["to_fit"]
     assert not hopeless["fits"] and len(hopeless["changes"]) > 2
     keys = [change.overrides[0] for change in changes(wide)]
     assert keys[0].startswith("train.micro_batch_size") and not any("lora" in key for key in keys)

@@ -178,7 +178,7 @@ def capture(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model: a folder, a cached name or a hub name.")],
+    model: Annotated[str, typer.Argument(help="Model: a folder, a cached name or a hub name.", metavar="MODEL")],
     overrides: Overrides = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe whose `evaluate` (and `teacher`) is used.")] = None,
     suite: Annotated[str | None, typer.Option(help="Or a suite: core, tools, published, or a YAML file with `evaluate`.")] = None,
