@@ -210,7 +210,7 @@ class _Capture:
         if target:
             codec, of_output = choose(codec, target, head, fitted.outputs, others.outputs)
         else:
-            of_output = codec.calibrate(head, fitted.outputs)
+            of_output = codec.calibrate(head, fitted.outputs, others.outputs)
         model = {f"output.{name}": value for name, value in of_output.items()}
         for layer in manifest.layers:
             found = self.hidden.calibrate(fitted.hidden(layer))

@@ -52,7 +52,7 @@ class SampledCodec(Codec):
     def serves(self) -> tuple[float, ...]:
         return (1.0,)
 
-    def calibrate(self, head: Head, outputs: Iterable[Tensor]) -> dict[str, Tensor]:
+    def calibrate(self, head: Head, outputs: Iterable[Tensor], others: Iterable[Tensor] = ()) -> dict[str, Tensor]:
         import torch
 
         vocabulary = head.weight.shape[0]

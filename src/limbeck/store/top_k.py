@@ -61,7 +61,7 @@ class TopTokens(Codec):
         """How many of the tokens `[n, k]`, most probable first, are kept of each row."""
         raise NotImplementedError
 
-    def calibrate(self, head: Head, outputs: Iterable[Tensor]) -> dict[str, Tensor]:
+    def calibrate(self, head: Head, outputs: Iterable[Tensor], others: Iterable[Tensor] = ()) -> dict[str, Tensor]:
         import torch
 
         vocabulary, levels = head.weight.shape[0], self._levels
