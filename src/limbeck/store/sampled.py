@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -170,7 +171,7 @@ class _Kept:
         """The same of each sample."""
         rows = np.cumsum([0, *lengths])
         drawn = np.append(0, self.numbers.cumsum())[rows]
-        of_rows, of_draws = ([slice(*pair) for pair in zip(ends, ends[1:], strict=False)] for ends in (rows, drawn))
+        of_rows, of_draws = ([slice(*pair) for pair in pairwise(ends)] for ends in (rows, drawn))
         return [
             _Kept(self.numbers[row], self.ids[draw], self.counts[draw], self.entropies[row], self.top[row], self.gaps[row])
             for row, draw in zip(of_rows, of_draws, strict=True)
