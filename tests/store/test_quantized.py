@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -116,3 +118,12 @@ def test_a_capture_in_fewer_bytes_serves_any_temperature(base, captured, data, t
     ours, exact = (StoreTeacher(path=str(each)).open(tokenizer, Needs(output=True)).score(batch) for each in (path, captured))
     p, q = (torch.log_softmax(each.teacher_head(each.output).float() / 2, -1) for each in (exact, ours))
     assert 0 < (p.exp() * (p - q)).sum(-1).mean() < 0.05
+
+
+def test_few_calibration_tokens_are_said(base, tmp_path, capfd):
+    run(base, tmp_path / "store", "capture.codec={type: quantized, bytes_per_token: 20}")
+    said = " ".join(capfd.readouterr().err.split())
+    assert re.search(r"\d+ calibration tokens are few for the \d+ channels .*Raise capture\.calibrate_on, or set codec 'topk'", said), said
+    assert Quantized().doubt([outputs(25, seed=1), outputs(15, seed=2)]) is None, "four per channel"
+    run(base, tmp_path / "other", "capture.codec.type=topk")
+    assert "few for" not in capfd.readouterr().err

@@ -54,6 +54,10 @@ class Codec(Family):
         once."""
         return {}
 
+    def doubt(self, outputs: Iterable[Tensor]) -> str | None:
+        """What is to be said of a fit on these documents; None where all is well."""
+        return None
+
     def encode(self, head: Head, model: Mapping[str, Tensor], output: Tensor, lengths: Sequence[int]) -> list[bytes]:
         """A blob per sample from the rows `[n, E]` of several, one after the other; `lengths` sum to n. Equal rows give equal bytes."""
         raise NotImplementedError

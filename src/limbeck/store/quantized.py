@@ -32,6 +32,8 @@ _FITTED, _TRIED, _PRICED = 16384, 4096, 8192
 """Tokens for the basis and its scales, for those by step, and for the price: the last from documents of their own."""
 _TRIES, _SLACK = 6, 0.004
 """How often the price is set anew, as blobs have fixed bytes besides, and what share of the wanted bytes may be left over."""
+_TOKENS_PER_CHANNEL = 4
+"""Calibration tokens from which a basis is worth its name."""
 _PER_OCTAVE = 8
 """Tables are shared by components whose magnitude in steps is the same to within an eighth of an octave."""
 _LARGEST = 14 * _PER_OCTAVE
@@ -96,6 +98,16 @@ class Quantized(Codec):
                 break
             fixed += over + _SLACK / 2 * self.bytes_per_token
         return torch.tensor([price], dtype=torch.float64)
+
+    def doubt(self, outputs: Iterable[Tensor]) -> str | None:
+        documents = list(outputs)
+        count, width = sum(map(len, documents)), documents[0].shape[1]
+        if count >= _TOKENS_PER_CHANNEL * width:
+            return None
+        return (
+            f"{count:,} calibration tokens are few for the {width} channels of the teacher's states, expected "
+            f"{_TOKENS_PER_CHANNEL * width:,} or more: {self.type!r} loses much. Raise capture.calibrate_on, or set codec 'topk'"
+        )
 
     def encode(self, head: Head, model: Mapping[str, Tensor], output: Tensor, lengths: Sequence[int]) -> list[bytes]:
         rows = output.detach().float().cpu()
