@@ -1,4 +1,4 @@
-"""The fused head compiled and not, on cases of the suite: `python tests/conformance/compiled.py` prints how far apart they are, as JSON.
+"""The fused head compiled and not, on cases of the suite: `python tests/conformance/compiled.py [CASE ...]` prints how far apart they are.
 
 A program of its own: under pytest the checks of shapes stand between the compiler and the code.
 """
@@ -48,7 +48,8 @@ def outcome(target: str, terms: Mapping[str, OutputTerm], rows: int, compiled: C
 
 def main() -> None:
     found = {}
-    for name, (target, terms) in CASES.items():
+    for name in sys.argv[1:] or CASES:
+        target, terms = CASES[name]
         compiled, error = CompiledBlock(terms), 0.0
         torch._dynamo.utils.counters.clear()
         for rows in ROWS:
