@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("1", ("objectives", "tokens", "report.stats", "report.crossed")),
     ("1", ("store", "report.verdict")),
     ("1", ("report.gap",)),
-    ("2", ("models", "adapters", "distributed", "generate")),
+    ("2", ("models", "adapters", "distributed", "generate", "kernels")),
     ("3", ("teachers", "sources", "learner")),
     ("3", ("first_samples",)),
     ("4", ("evaluate", "optim", "checkpoint", "student", "trackers")),

@@ -18,7 +18,7 @@ from limbeck.calibration import Signals, calibration_split, hidden_error, score
 from limbeck.distributed import World
 from limbeck.errors import StoreError
 from limbeck.jobs import Executor, Job, Local
-from limbeck.log import progress, say
+from limbeck.log import progress, say, warn
 from limbeck.models import load_tokenizer
 from limbeck.objectives.base import Needs
 from limbeck.recipe import Recipe, parse_recipe, require_files, tokenizer_name
@@ -263,7 +263,9 @@ class _Capture:
         if target:
             codec, of_output = choose(codec, target, head, fitted.outputs, others.outputs)
         else:
-            of_output = codec.calibrate(head, fitted.outputs)
+            of_output = codec.calibrate(head, fitted.outputs, others.outputs)
+        if problem := codec.doubt(fitted.outputs):
+            warn(f"{self.folder}: {problem}")
         model = {f"output.{name}": value for name, value in of_output.items()}
         for layer in manifest.layers:
             found = self.hidden.calibrate(fitted.hidden(layer))

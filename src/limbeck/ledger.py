@@ -26,7 +26,7 @@ from limbeck.teachers import ModelTeacher
 
 _SPEED = (
     "micro_batch_size", "pack_length", "gradient_checkpointing", "head", "head_memory_mb", "checkpoint_every",
-    "keep_checkpoints", "report_to",
+    "keep_checkpoints", "report_to", "kernels",
 )  # fmt: skip
 """Settings of `train` that change what a run costs and not what it learns."""
 
