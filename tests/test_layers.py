@@ -21,7 +21,8 @@ PACKAGE = ROOT / "src" / "limbeck"
 # that is in it; a dotted name (`report.stats`) takes one module out of its package. The empty name is `limbeck/__init__.py`.
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("0", ("errors",)),
-    ("0", ("spec", "batch", "run", "log", "cache")),
+    ("0", ("spec", "batch", "run", "log", "cache", "jobs")),
+    ("0", ("on_ray",)),
     ("1", ("objectives", "tokens", "report.stats", "report.crossed")),
     ("1", ("store", "report.verdict")),
     ("1", ("report.gap",)),
@@ -30,10 +31,11 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("3", ("first_samples",)),
     ("4", ("evaluate", "optim", "checkpoint", "student", "trackers")),
     ("5", ("recipe", "suites")),
-    ("6", ("calibration", "step")),
+    ("6", ("calibration", "step", "flops")),
     ("6", ("trainer", "capture")),
     ("6", ("remeasure", "importing")),
     ("7", ("report",)),
+    ("7", ("arms",)),
     ("7", ("study",)),
     ("7", ("protocol",)),
     ("7", ("ledger",)),
@@ -44,7 +46,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("8", ("export",)),
     ("8", ("demo",)),
     ("8", ("cli_options",)),
-    ("8", ("cli_store",)),
+    ("8", ("cli_store", "cli_assets")),
     ("8", ("cli",)),
     ("top", ("", "__main__")),
 )
