@@ -12,7 +12,7 @@ import torch
 
 import limbeck
 from limbeck import cli
-from limbeck.conduct import flops_per_token
+from limbeck.flops import flops_per_token
 from limbeck.errors import RecipeError
 from limbeck.plan import plan
 from limbeck.plan.devices import device
