@@ -181,6 +181,25 @@ def test_a_void_study_says_so_first(tmp_path):
     assert markdown.index("THIS STUDY IS VOID") < markdown.index("BEATS")
 
 
+def test_budgets_are_compared_in_what_is_not_declared_to_differ(tmp_path):
+    """An arm that starts from another student must still see the same data, and the same amount of it."""
+    path = study(tmp_path / "s", SOUND)
+    declared = json.loads((path / "study.json").read_text())
+    declared["recipes"]["logits"]["student"] = {"model": "other/student"}
+    fake.write_json(path / "study.json", declared)
+    for changes, equal in (
+        ({"initial_weights_sha256": "c" * 64}, True),
+        ({"initial_weights_sha256": "c" * 64, "data_sha256": "c" * 64}, False),
+    ):
+        for seed in range(5):
+            fake.run(path / "arms" / "logits" / f"seed-{seed}", "sft", seed, **changes)
+        build_report(path)
+        budgets = json.loads((path / "report.json").read_text())["budgets"]
+        assert budgets["equal"] is equal
+        assert "all arms had the same tokens of the data" in budgets["statement"] if equal else "tokens of the data" in budgets["statement"]
+        assert "all arms had the same initial weights" not in budgets["statement"]
+
+
 def test_amendments_are_shown(tmp_path):
     protocol = {"sha256": "e" * 64, "primary": {"benchmark": "sums", "metric": "accuracy", "margin": 0.5, "alpha": 0.05, "planted": {}}}
     protocol |= {"compared": [["logits", "sft"]], "seeds": {"sft": [0]}, "tune": None}

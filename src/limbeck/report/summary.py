@@ -19,6 +19,17 @@ BUDGETS = {
     "scored_tokens": "scored tokens trained on",
 }
 
+_LENGTH = {"train.steps", "train.epochs", "train.batch_size"}
+EXCUSED = {
+    "initial_weights_sha256": {"student", "student.arm"},
+    "data_sha256": {"source"},
+    "order_sha256": {"source", *_LENGTH},
+    "steps": _LENGTH,
+    "tokens": {"source", *_LENGTH},
+    "scored_tokens": {"source", *_LENGTH},
+}
+"""What may differ in an arm that changes one of these by declaration."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -226,11 +237,13 @@ def _over_runs(runs: Sequence[RunRecord], key: str) -> float | None:
 
 
 def budgets(evidence: Evidence) -> list[Budget]:
-    """What must be equal over the finished arms, seed by seed; arms that differ by declaration are not asked."""
-    found, apart = [], evidence.apart
+    """What must be equal over the finished arms, seed by seed; an arm is not asked for what it changes by declaration."""
+    found = []
     for seed in evidence.seeds:
-        runs = {arm: run for arm, runs in evidence.finished.items() for run in runs if run.seed == seed and arm not in apart}
-        found += [Budget(seed, field, {arm: _budget(run, field) for arm, run in runs.items()}) for field in BUDGETS if runs]
+        runs = {arm: run for arm, runs in evidence.finished.items() for run in runs if run.seed == seed}
+        for field in BUDGETS if runs else ():
+            asked = [arm for arm in runs if EXCUSED[field].isdisjoint(evidence.apart.get(arm, ()))]
+            found.append(Budget(seed, field, {arm: _budget(runs[arm], field) for arm in asked}))
     return found
 
 

@@ -214,6 +214,10 @@ def _number(value: float | None, decimals: int = 1) -> Cell:
     return Cell("–" if value is None else f"{value:,.{decimals}f}")
 
 
+DECLARED = "as declared"
+"""In place of what an arm changes by declaration."""
+
+
 def equal_budgets(evidence: Evidence, found: Sequence[Budget]) -> Table:
     """The hashes and counts that show that arms had the same start, the same data and the same amount of it.
 
@@ -230,13 +234,16 @@ def equal_budgets(evidence: Evidence, found: Sequence[Budget]) -> Table:
         for budget in here:
             verdict = Cell("equal" if budget.is_equal else "NOT equal")
             of_seed = f", seed {budget.seed}" if len(here) > 1 else ""
-            rows.append(Row(f"{label}{of_seed}", [*(_budget_cell(budget.values.get(arm)) for arm in arms), verdict]))
+            cells = [_budget_cell(budget.values[arm]) if arm in budget.values else Cell(DECLARED) for arm in arms]
+            rows.append(Row(f"{label}{of_seed}", [*cells, verdict]))
     return Table(
         "quantity", [*map(Column, arms), Column("")], rows, "Hashes are the first 12 digits of a SHA-256; report.json has them whole."
     )
 
 
 def _over_seeds(values: Sequence[Any]) -> Cell:
+    if not values:
+        return Cell(DECLARED)
     return _budget_cell(values[0]) if len(set(values)) == 1 else Cell("one per seed")
 
 

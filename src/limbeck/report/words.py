@@ -148,13 +148,19 @@ def headroom_sentences(found: Sequence[Headroom]) -> list[str]:
 
 def budget_sentence(found: Sequence[Budget]) -> str:
     """Equal or not, and which arm differs in what."""
-    if not found or len(found[0].values) < 2:
+    asked: dict[tuple[str, ...], list[str]] = {}
+    for budget in found:
+        if budget.seed == found[0].seed and len(budget.values) > 1:
+            asked.setdefault(tuple(budget.values), []).append(BUDGETS[budget.field])
+    if not asked:
         return ""
     seeds = len({budget.seed for budget in found})
     scope = "in every seed" if seeds > 1 else "for this seed"
     unequal = [budget for budget in found if not budget.is_equal]
     if not unequal:
-        return f"Budgets are equal: all arms had the same {listing(list(BUDGETS.values()))} {scope}."
+        most = max(asked, key=len)
+        same = [f"{'all arms' if who == most else listing(who)} had the same {listing(what)}" for who, what in asked.items()]
+        return f"Budgets are equal: {'; '.join(same)} {scope}."
     where = [f"{BUDGETS[budget.field]}" + (f" (seed {budget.seed})" if seeds > 1 else "") + f": {_odd_ones(budget)}" for budget in unequal]
     return f"Budgets are NOT equal. {'; '.join(where)}. A difference between such arms may come from that alone."
 
