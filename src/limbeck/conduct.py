@@ -107,8 +107,8 @@ class Conduct:
 
     def _make_room(self, run: Run, recipe: Recipe) -> None:
         """Set a run aside that was made of another recipe."""
-        there = run.read_json("recipe.json", {})
-        if there and differences(there, recipe.to_json()):
+        there = {key: value for key, value in run.read_json("recipe.json", {}).items() if key != "parallel"}
+        if there and differences(there, recipe.what_is_run()):
             aside = self.path / "replaced" / f"{run.path.parent.name}-{run.path.name}-{digest(there)[:8]}"
             say(f"{run.path}: the arm was changed since; this run is kept in {aside}")
             shutil.rmtree(aside, ignore_errors=True)
