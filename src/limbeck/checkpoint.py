@@ -129,7 +129,9 @@ def weights(learner: nn.Module) -> dict[str, Tensor]:
 
 def _optimizer_state(learner: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{key}:{name}": value for name, parameter in learner.named_parameters() for key, value in optimizer.state.get(parameter, {}).items()
+        f"{key}:{name}": value
+        for name, parameter in learner.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
@@ -144,10 +146,8 @@ def _write(folder: Path, learner: Mapping[str, Tensor], optimizer: Mapping[str, 
 def _restore(learner: nn.Module, optimizer: torch.optim.Optimizer, path: Path, world: World) -> None:
     parameters, ours, found = dict(learner.named_parameters()), weights(learner), distributed.stored(path)
     state = {label: label.split(":", 1) for label in found if label not in ours}
-    if (
-        any(found.get(name) != tuple(value.shape) for name, value in ours.items())
-        or any(len(parts) != 2 or parts[1] not in parameters for parts in state.values())
-    ):  # fmt: skip
+    is_other = any(found.get(name) != tuple(value.shape) for name, value in ours.items())
+    if is_other or any(len(parts) != 2 or parts[1] not in parameters for parts in state.values()):
         raise RunError(f"{path}: holds other weights than this recipe's student and projections; use another run directory")
     targets: dict[str, Tensor] = {}
     for label, (key, name) in state.items():

@@ -1,7 +1,7 @@
 """Processes: the only file that calls torch.distributed. Launched by `torchrun`; alone, everything here is the identity.
 
-Under DDP every process holds whole tensors. Under FSDP2 the learner's parameters, their gradients and optimizer state are DTensors, of which
-a process holds a part; a tensor says by itself which it is, so that what reads or writes tensors needs not be told.
+Under DDP every process holds whole tensors. Under FSDP2 the learner's parameters, their gradients and optimizer state are DTensors, of
+which a process holds a part; a tensor says by itself which it is, so that what reads or writes tensors need not be told.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def stored(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_into(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
-    """Fill tensors, whole or divided, from a folder of safetensors that hold parts or wholes: who wrote them may have been more, or fewer."""
+    """Fill tensors, whole or divided, from safetensors that hold parts or wholes: those who wrote them may have been more, or fewer."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
     with warnings.catch_warnings():

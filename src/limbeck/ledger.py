@@ -114,7 +114,7 @@ class Ledger:
         return Task(parent, task.seed, self.rate_of(parent), task.is_tuning)
 
     def key(self, task: Task) -> str:
-        """The hash of all that decides the run's result, and of nothing else: no paths, no settings of speed, no processes, no benchmarks."""
+        """The hash of all that decides the run's result, and of nothing else: no paths, settings of speed, processes or benchmarks."""
         recipe = self._at(task)
         tree = recipe.what_is_run()
         tree["train"] = {key: value for key, value in tree["train"].items() if key not in _SPEED}

@@ -39,8 +39,8 @@ TERMS: dict[str, list[dict[str, Any]]] = {
 TERMS["everything"] = [{**TERMS[name][0], "weight": 0.3 + 0.2 * i} for i, name in enumerate(("ce", "forward_kl", "reverse_kl", "hidden"))]
 STEPS = (
     *TERMS,
-    "ddp", "untied", "packed", "packed untied", "lora", "lora untied", "lora packed", "lora, base as teacher", "ddp, base as teacher",
-    "untied lora, base as teacher", "base as teacher, kept", "plain head", "recomputed", "kept after forward", "whole teacher", "many chunks",
+    "ddp", "untied", "packed", "packed untied", "lora untied", "lora packed", "base as teacher", "untied base as teacher",
+    "base as teacher, kept after forward", "ddp, base as teacher", "plain head", "recomputed", "kept after forward", "whole teacher",
     "one conversation",
 )  # fmt: skip
 
@@ -85,7 +85,6 @@ def recipes(base: dict[str, Any], make_model_dir: Callable[..., Path]) -> dict[s
             train |= {"batch_size": 1}
         train |= {"head": "plain"} if "plain" in name else {}
         train |= {"gradient_checkpointing": True} if "recomputed" in name else {}
-        train |= {"head_memory_mb": 1} if "chunks" in name else {}
         parallel |= {"strategy": "ddp"} if "ddp" in name else {}
         parallel |= {"reshard_after_forward": False} if "kept" in name else {}
         parallel |= {"shard_teacher": False} if "whole teacher" in name else {}

@@ -1,4 +1,4 @@
-"""What the two processes of `test_fsdp2.py` do, in one launch, as most of its time is the start: `torchrun two_ranks.py WORK.json OUT.json`.
+"""What the two processes of `test_fsdp2.py` do, in one launch, as starting takes most of the time: `torchrun two_ranks.py WORK OUT`.
 
 WORK holds `steps`, recipes by name, of whose first step the gradients are compared with those of one process, and `runs`, recipes that are
 trained one after the other, each in a new directory or from a copy of one that was stopped after its first checkpoint.

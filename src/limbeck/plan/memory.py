@@ -50,7 +50,8 @@ class Shapes:
 class Memory:
     """Bytes at the peak of a step, by part; their sum is the peak. `activations` are all that is alive at the peak and none of the others.
 
-    `largest_block` and `root` (what is in no block) are weights that a sharded model gathers; `teacher_head` is a head that stays whole.
+    `largest_block` and `root` (what is in no block) are weights that a sharded model gathers; `teacher_whole` is
+    what no process shares of the teacher: its head, or all of one in few bits.
     """
 
     weights: int
@@ -61,7 +62,7 @@ class Memory:
     teacher: int
     largest_block: int
     root: int
-    teacher_head: int
+    teacher_whole: int
 
     @property
     def parts(self) -> dict[str, int]:
@@ -120,7 +121,7 @@ def _parts(recipe: Recipe, learner: Learner, scorer: ModelScorer | None, shares:
         teacher=0 if scorer is None or shares else _teacher_bytes(scorer, recipe.teacher),
         largest_block=block,
         root=weights - sum(_bytes(each) for each in blocks(learner.student)),
-        teacher_head=0 if scorer is None or shares else scorer.head.weight.numel() * scorer.head.weight.element_size(),
+        teacher_whole=0 if scorer is None or shares else _whole_bytes(scorer, recipe.teacher),
     )
 
 
@@ -254,6 +255,11 @@ def _batch(shapes: Shapes) -> Batch:
 
 def _bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def _whole_bytes(scorer: ModelScorer, spec: Any) -> int:
+    layer = scorer.model.get_output_embeddings()
+    return _bytes(layer) if spec.load_in is None else _teacher_bytes(scorer, spec)
 
 
 def _teacher_bytes(scorer: ModelScorer, spec: Any) -> int:
