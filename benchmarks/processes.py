@@ -10,6 +10,8 @@ after the last step, and then loaded, with its checksums compared, by a run that
 
     python benchmarks/processes.py [--processes 2] [--steps 3] [--rounds 3] [--only single fsdp2] [--json]
     python benchmarks/processes.py --recipe my.yaml      # another recipe, such as one of tiny models
+
+What `limbeck plan` predicts of a process's memory stands beside what was measured.
 """
 
 from __future__ import annotations
@@ -74,6 +76,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             runs[name].append(in_processes(name, options))
         print(f"round {turn + 1} of {options.rounds}", file=sys.stderr)
     rows = {name: {what: statistics.median(run[what] for run in its) for what in WHAT} for name, its in runs.items()}
+    for name in names:
+        rows[name]["planned_megabytes"] = planned(name, options)
     found = {}
     for above in names[1:]:
         for what in WHAT:
@@ -98,6 +102,14 @@ def in_processes(name: str, options: argparse.Namespace) -> dict[str, Any]:
         if done.returncode:
             sys.exit(f"{name} failed:\n{done.stderr}")
         return dict(json.loads(Path(folder, "found.json").read_text()))
+
+
+def planned(name: str, options: argparse.Namespace) -> float:
+    """What `limbeck plan` says that a process will hold."""
+    from limbeck.plan import plan
+
+    options.contestant = name
+    return float(plan(recipe_of(options), processes=1 if name == "single" else options.processes)["peak"]) / 2**20
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -184,11 +196,12 @@ def table(result: dict[str, Any]) -> str:
         "{processes} processes against one, {threads} threads in all; {steps} steps of {batch_size} conversations, {micro_batch_size} at a "
         "time".format(**settings),
         "",
-        "| contestant | seconds per step | peak memory of a process, MB | of all, MB | checkpoint, s | checkpoint, MB | load, s |",
-        "|---|---|---|---|---|---|---|",
+        "| contestant | seconds per step | peak memory of a process, MB | by `limbeck plan`, MB | of all processes, MB | checkpoint, s | "
+        "checkpoint, MB | load, s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in result["contestants"].items():
-        cells = [f"{row['seconds']:.2f}", f"{row['megabytes']:,.0f}", f"{row['megabytes_in_all']:,.0f}"]
+        cells = [f"{row['seconds']:.2f}", f"{row['megabytes']:,.0f}", f"{row['planned_megabytes']:,.0f}", f"{row['megabytes_in_all']:,.0f}"]
         cells += [f"{row['checkpoint_seconds']:.2f}", f"{row['checkpoint_megabytes']:,.0f}", f"{row['load_seconds']:.2f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", *(f"{key}: {value:.2f}" for key, value in result["ratios"].items()), ""]

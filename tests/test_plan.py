@@ -102,6 +102,7 @@ def test_processes_are_arithmetic() -> None:
     assert each_holds(one, 4, Parallel()) == {**one.parts, "buckets": 100}
     shared = each_holds(one, 4, FSDP2)
     assert (shared["weights"], shared["optimizer"], shared["teacher"], shared["gathered"]) == (25, 50, 16 + 16, 30 + 40)
+    assert shared["buffer"] == 30
     assert wire_bytes(one, 4, Parallel(), 3) == 150 and wire_bytes(one, 4, FSDP2, 3) == 3 * 0.75 * (2 * 70 + 30 + 64 + 100)
     kept = Parallel(strategy="fsdp2", reshard_after_forward=False, shard_teacher=False)
     held = each_holds(one, 4, kept)

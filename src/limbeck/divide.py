@@ -22,8 +22,8 @@ from limbeck.teachers.model import ModelScorer, ModelTeacher
 
 
 def divide(recipe: Recipe, learner: Learner, scorer: Scorer | None, world: World) -> nn.Module:
-    """The learner as it is to be called. A teacher's head stays whole in every process, as the objective applies it where nothing is gathered;
-    other teachers than live ones have no weights here."""
+    """The learner as it is to be called. A teacher's head stays whole in every process, as the objective applies it where nothing is
+    gathered; other teachers than live ones have no weights here."""
     _, spec = recipe.for_training()
     live = scorer if isinstance(scorer, ModelScorer) and recipe.parallel.is_sharded(world.size) else None
     is_shared = live is not None and live.model is learner.student
@@ -45,7 +45,7 @@ def divide(recipe: Recipe, learner: Learner, scorer: Scorer | None, world: World
 
 
 def whole_student(recipe: Recipe, learner: Learner, world: World) -> Any:
-    """On rank 0 the student with all its weights; where it was divided, built as at the start and given what was trained. None elsewhere."""
+    """On rank 0 the student with all its weights; where it was divided, built as at first and given what was trained. None elsewhere."""
     weights = checkpoint.weights(learner)
     if not distributed.is_divided(weights.values()):
         return learner.student if world.is_main else None

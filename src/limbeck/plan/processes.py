@@ -14,7 +14,8 @@ def each_holds(memory: Memory, processes: int, parallel: Parallel, precision: st
 
     DDP holds everything, and the gradients once more in the buckets that it exchanges. FSDP2 holds an N-th of weights, gradients,
     optimizer state and a live teacher, and beside them what is gathered whole: the root (embeddings and head) and two blocks (the next
-    comes while one computes), or all blocks where they are not given back between forward and backward. Heads of teachers stay whole.
+    comes while one computes), or all blocks where they are not given back between forward and backward; and a buffer of the root's
+    gradients, from which they are scattered. Heads of teachers stay whole.
     """
     parts = dict(memory.parts)
     if processes == 1:
@@ -27,7 +28,8 @@ def each_holds(memory: Memory, processes: int, parallel: Parallel, precision: st
     if parallel.shard_teacher:
         parts["teacher"] = -(-(parts["teacher"] - memory.teacher_whole) // over) + memory.teacher_whole
     gathered = 2 * memory.largest_block if parallel.reshard_after_forward else memory.weights - memory.root
-    return {**parts, "gathered": memory.root + int(gathered * NARROW[precision])}
+    scattered = memory.root * memory.gradients // max(memory.weights, 1)
+    return {**parts, "gathered": memory.root + int(gathered * NARROW[precision]), "buffer": scattered}
 
 
 def wire_bytes(memory: Memory, processes: int, parallel: Parallel, microbatches: int, precision: str = "float32") -> float:
