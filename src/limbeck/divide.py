@@ -13,12 +13,11 @@ from torch import nn
 from limbeck import checkpoint, distributed
 from limbeck.distributed import World
 from limbeck.learner import Learner
-from limbeck.log import say
 from limbeck.models import backbone, blocks, head
 from limbeck.recipe import Recipe
 from limbeck.student import build
 from limbeck.teachers import Scorer
-from limbeck.teachers.model import ModelScorer, ModelTeacher
+from limbeck.teachers.model import ModelScorer
 
 
 def divide(recipe: Recipe, learner: Learner, scorer: Scorer | None, world: World) -> nn.Module:
@@ -34,8 +33,7 @@ def divide(recipe: Recipe, learner: Learner, scorer: Scorer | None, world: World
     if is_shared:  # a frozen base whose weights only the learner can gather
         distributed.calls_through(learner, "states")
         live.states = learner.states
-    elif not recipe.parallel.shard_teacher or (isinstance(recipe.teacher, ModelTeacher) and recipe.teacher.load_in is not None):
-        say(f"teacher {live.name}: whole in every process")
+    elif not recipe.parallel.shard_teacher:
         live.model.to(world.device)
     else:
         kept = _head_parameters(live.model)

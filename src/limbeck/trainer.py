@@ -47,7 +47,7 @@ def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overri
     require_files(recipe)
     run = Run(Path(path))
     with distributed.world() as world:
-        recipe.parallel.check(world.size)
+        recipe.check_processes(world.size)
         if world.is_main:
             _refuse_others(run, recipe)
         distributed.barrier(world)

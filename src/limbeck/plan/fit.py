@@ -45,7 +45,7 @@ def changes(recipe: Recipe, processes: int = 1) -> list[Change]:
 def cheapest(recipe: Recipe, limit: float, peak_of: Callable[[Recipe], float], processes: int = 1) -> tuple[list[Change], float]:
     """Changes with which the peak is at most `limit` bytes, and that peak. One alone where one is enough, else each on top of those before
     it. All of them, where even that is too much."""
-    candidates = _usable(recipe, changes(recipe, processes))
+    candidates = _usable(recipe, changes(recipe, processes), processes)
     peaks: dict[Change, float] = {}
     for change in candidates:
         peaks[change] = peak_of(parse_recipe(recipe, change.overrides))
@@ -61,14 +61,15 @@ def cheapest(recipe: Recipe, limit: float, peak_of: Callable[[Recipe], float], p
     return taken, peak
 
 
-def _usable(recipe: Recipe, candidates: list[Change]) -> list[Change]:
-    """Those that the recipe allows: `load_in` needs a package that may be missing, adapters one more."""
+def _usable(recipe: Recipe, candidates: list[Change], processes: int) -> list[Change]:
+    """Those that the recipe allows: `load_in` needs a package that may be missing, adapters one more, and FSDP2 none of the former."""
     usable = []
     for change in candidates:
         try:
             changed: Any = parse_recipe(recipe, change.overrides)
             changed.student.check()
             changed.teacher.check()
+            changed.check_processes(processes)
         except LimbeckError:
             continue
         usable.append(change)

@@ -51,7 +51,7 @@ class Memory:
     """Bytes at the peak of a step, by part; their sum is the peak. `activations` are all that is alive at the peak and none of the others.
 
     `largest_block` and `root` (what is in no block) are weights that a sharded model gathers; `teacher_whole` is
-    what no process shares of the teacher: its head, or all of one in few bits.
+    what processes do not share of the teacher: its head.
     """
 
     weights: int
@@ -121,7 +121,7 @@ def _parts(recipe: Recipe, learner: Learner, scorer: ModelScorer | None, shares:
         teacher=0 if scorer is None or shares else _teacher_bytes(scorer, recipe.teacher),
         largest_block=block,
         root=weights - sum(_bytes(each) for each in blocks(learner.student)),
-        teacher_whole=0 if scorer is None or shares else _whole_bytes(scorer, recipe.teacher),
+        teacher_whole=0 if scorer is None or shares else _bytes(scorer.model.get_output_embeddings()),
     )
 
 
@@ -255,11 +255,6 @@ def _batch(shapes: Shapes) -> Batch:
 
 def _bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-def _whole_bytes(scorer: ModelScorer, spec: Any) -> int:
-    layer = scorer.model.get_output_embeddings()
-    return _bytes(layer) if spec.load_in is None else _teacher_bytes(scorer, spec)
 
 
 def _teacher_bytes(scorer: ModelScorer, spec: Any) -> int:
