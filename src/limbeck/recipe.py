@@ -186,8 +186,8 @@ class Recipe(Spec):
         self.parallel.check(processes)
         if self.parallel.is_sharded(processes) and (bits := getattr(self.teacher, "load_in", None)) is not None:
             raise RecipeError(
-                f"teacher.load_in: found {bits!r} with parallel.strategy 'fsdp2', which divides weights in float32 and bfloat16 only; expected "
-                "teacher.dtype bfloat16, or parallel.strategy ddp"
+                f"teacher.load_in: found {bits!r} with parallel.strategy 'fsdp2', which divides weights in float32 and bfloat16 only; "
+                "expected teacher.dtype bfloat16, or parallel.strategy ddp"
             )
 
     def for_capture(self) -> tuple[Capture, Needs, HiddenCodec]:
