@@ -174,16 +174,26 @@ def gather(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
 def write_parts(tensors: Mapping[str, Tensor], files: Mapping[str, int], folder: Path) -> None:
     """Each process writes the parts that it holds as safetensors that say where they belong; what all have, one of them writes. `files` is
     the number of the file, from 1, that a tensor goes into."""
-    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter, save
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
     writer = HuggingFaceStorageWriter(str(folder), dict(files), save_distributed=True)
-    try:
+    with _causes():
         save(dict(tensors), storage_writer=writer)
-    except CheckpointException as error:  # all processes have it, whichever could not write
+
+
+@contextmanager
+def _causes() -> Iterator[None]:
+    """Where reading or writing failed in a process, all have torch's error, which no `except Exception` sees: the cause instead, or what
+    the disks said."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
         causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
         if all(isinstance(cause, OSError) for cause in causes.values()):
             raise OSError("; ".join(f"process {rank}: {cause}" for rank, cause in causes.items())) from error
-        raise
+        raise next(iter(causes.values())) from error
 
 
 def parts_of(world: World) -> str:
@@ -202,7 +212,7 @@ def read_into(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None
     """Fill tensors, whole or divided, from safetensors that hold parts or wholes: those who wrote them may have been more, or fewer."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _causes():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant
         load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world.size == 1)
 

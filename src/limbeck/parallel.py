@@ -28,12 +28,17 @@ class Parallel(Spec):
     shard_teacher: bool = True
     """Of `fsdp2`: share a live teacher's blocks as well. Without it every process holds the teacher whole, and nothing of it is sent."""
 
-    def check(self, processes: int) -> None:
-        """Refuse a number of processes that this section does not fit."""
+    def check(self, processes: int, load_in: str | None = None) -> None:
+        """Refuse a number of processes that this section does not fit, and, where weights are divided, a teacher loaded in few bits."""
         if self.strategy == "single" and processes > 1:
             raise RecipeError(f"parallel.strategy: found 'single' with {processes} processes, expected one process, or ddp or fsdp2")
         if self.is_sharded(processes) and self.shard_over is not None and processes % self.shard_over:
             raise RecipeError(f"parallel.shard_over: found {self.shard_over}, expected a number that divides the {processes} processes")
+        if self.is_sharded(processes) and load_in is not None:
+            raise RecipeError(
+                f"teacher.load_in: found {load_in!r} with parallel.strategy 'fsdp2', which divides weights in float32 and bfloat16 only; "
+                "expected teacher.dtype bfloat16, or parallel.strategy ddp"
+            )
 
     def is_sharded(self, processes: int) -> bool:
         """Whether weights are divided among so many processes."""

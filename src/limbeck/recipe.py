@@ -183,12 +183,7 @@ class Recipe(Spec):
 
     def check_processes(self, processes: int) -> None:
         """Refuse a number of processes that the recipe does not fit."""
-        self.parallel.check(processes)
-        if self.parallel.is_sharded(processes) and (bits := getattr(self.teacher, "load_in", None)) is not None:
-            raise RecipeError(
-                f"teacher.load_in: found {bits!r} with parallel.strategy 'fsdp2', which divides weights in float32 and bfloat16 only; "
-                "expected teacher.dtype bfloat16, or parallel.strategy ddp"
-            )
+        self.parallel.check(processes, getattr(self.teacher, "load_in", None))
 
     def for_capture(self) -> tuple[Capture, Needs, HiddenCodec]:
         """The capture section, what is to be captured of the source, and how its hidden states are kept."""
