@@ -174,7 +174,8 @@ def gather(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
 def write_parts(tensors: Mapping[str, Tensor], files: Mapping[str, int], folder: Path) -> None:
     """Each process writes the parts that it holds as safetensors that say where they belong; what all have, one of them writes. `files` is
     the number of the file, from 1, that a tensor goes into."""
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     writer = HuggingFaceStorageWriter(str(folder), dict(files), save_distributed=True)
     with _causes():
@@ -185,7 +186,7 @@ def write_parts(tensors: Mapping[str, Tensor], files: Mapping[str, int], folder:
 def _causes() -> Iterator[None]:
     """Where reading or writing failed in a process, all have torch's error, which no `except Exception` sees: the cause instead, or what
     the disks said."""
-    from torch.distributed.checkpoint import CheckpointException
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         yield
@@ -203,14 +204,16 @@ def parts_of(world: World) -> str:
 
 def stored(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and whole shapes of the tensors in a folder of safetensors, whether these hold parts or wholes."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    return {name: tuple(entry.size) for name, entry in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items()}
+    found: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in found.items()}
 
 
 def read_into(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
     """Fill tensors, whole or divided, from safetensors that hold parts or wholes: those who wrote them may have been more, or fewer."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     with warnings.catch_warnings(), _causes():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant
