@@ -110,7 +110,7 @@ def test_processes_are_arithmetic() -> None:
     assert each_holds(one, 4, FSDP2, "bfloat16")["gathered"] == 30 + 20
     copies = Parallel(strategy="fsdp2", shard_over=2)
     assert each_holds(one, 4, copies)["weights"] == 50
-    assert wire_bytes(one, 4, copies, 1) == 0.5 * (2 * 70 + 30 + 64 + 100) + 2 * 0.5 * 100 / 2
+    assert wire_bytes(one, 4, copies, 3) == 3 * 0.5 * (2 * 70 + 30 + 64 + 100) + 2 * 0.5 * 100 / 2
 
 
 def test_processes_share_as_the_recipe_says(recipe: dict[str, Any]) -> None:

@@ -20,8 +20,8 @@ class Parallel(Spec):
     """`ddp`: each process holds everything, and gradients are exchanged. `fsdp2`: each holds its part of the student's weights, gradients
     and optimizer state and of a live teacher's weights, and gathers a block when it computes it. `single` refuses several processes."""
     shard_over: int | None = Field(None, gt=1)
-    """Of `fsdp2`: so many processes hold one copy together, and copies exchange gradients only. The number in a machine keeps the gathering
-    off the network; all of them where it is not set, which takes the least memory."""
+    """Of `fsdp2`: so many processes hold one copy together, and copies exchange gradients only, once a step. The number in a machine keeps
+    the gathering off the network; all of them where it is not set, which takes the least memory."""
     reshard_after_forward: bool = True
     """Of `fsdp2`: give a block back after its forward and gather it again for its backward. Without it there is a third less to send, and
     the student's weights are whole in memory during a step."""

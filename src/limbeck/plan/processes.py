@@ -36,7 +36,7 @@ def wire_bytes(memory: Memory, processes: int, parallel: Parallel, microbatches:
     """Bytes that each process sends in a step. A ring sends (N - 1) / N of what is gathered or scattered, twice that for an all-reduce.
 
     DDP exchanges gradients once a step. FSDP2 does for every microbatch what follows: it gathers the student's blocks for forward and for
-    backward, its root once and a live teacher once, and scatters gradients; copies exchange their parts of these.
+    backward, its root once and a live teacher once, and scatters gradients. Copies exchange their parts of these once a step.
     """
     if not parallel.is_sharded(processes):
         return 2 * (processes - 1) / processes * memory.gradients
@@ -45,4 +45,4 @@ def wire_bytes(memory: Memory, processes: int, parallel: Parallel, microbatches:
     blocks = (2 if parallel.reshard_after_forward else 1) * (memory.weights - memory.root) * NARROW[precision]
     taught = memory.teacher - memory.teacher_whole if parallel.shard_teacher else 0
     within = (over - 1) / over * (blocks + memory.root + taught + memory.gradients)
-    return microbatches * (within + 2 * (copies - 1) / copies * memory.gradients / over)
+    return microbatches * within + 2 * (copies - 1) / copies * memory.gradients / over
