@@ -132,7 +132,7 @@ def two(base: dict[str, Any], recipes: dict[str, dict[str, Any]], alone: limbeck
         [*command, str(folder / "work.json"), str(folder / "found.json")],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
