@@ -1,8 +1,7 @@
 """What `limbeck plan` says of a pair that nobody here could load: a student of 8 and a teacher of 70 billion parameters on H100s.
 
-Both have the shapes of Llama 3 with the tokenizer and the data of the demo: a config.json, and a file of weights with a header and no
-content, from which the number of parameters is read. Memory is that of one process at its peak; the wire is what each process sends in a
-step. Nothing is measured here, and no model is loaded.
+Both have the shapes of Llama 3, with the tokenizer and the data of the demo, and consist of a config.json. Memory is that of one process at
+its peak; the wire is what each process sends in a step. Nothing is measured here, and no model is loaded.
 
     python benchmarks/large.py [--device h100-80g] [--json]
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import struct
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -46,9 +44,8 @@ def main() -> None:
 
 
 def pretend(folder: Path, width: int, inner: int, layers: int, heads: int) -> str:
-    """A folder that says of itself what a model's folder says, in bfloat16, and holds no weights: its file is a hole."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A model's folder without weights: `limbeck plan` reads none."""
+    from transformers import LlamaConfig
 
     from limbeck.models import load_tokenizer
 
@@ -64,16 +61,6 @@ def pretend(folder: Path, width: int, inner: int, layers: int, heads: int) -> st
     )
     config.save_pretrained(folder)
     load_tokenizer(TOKENIZER).save_pretrained(folder)
-    with torch.device("meta"):
-        weights = LlamaForCausalLM(config).state_dict()
-    header, end = {}, 0
-    for name, value in weights.items():
-        header[name] = {"dtype": "BF16", "shape": list(value.shape), "data_offsets": [end, end + 2 * value.numel()]}
-        end += 2 * value.numel()
-    text = json.dumps(header).encode()
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
     return str(folder)
 
 

@@ -111,7 +111,9 @@ def check(
         for arms, findings in diagnoses.items():
             say(f"\narms: {arms}" if arms else "")
             show_findings(findings)
-        say(f"{recipe}: valid {found['kind']}; {'go' if found['go'] else 'no go: see what says stop'}")
+        unseen = any(finding.level == "unknown" for findings in diagnoses.values() for finding in findings)
+        verdict = "no go: see what says stop" if not found["go"] else "go, as far as could be looked at" if unseen else "go"
+        say(f"{recipe}: valid {found['kind']}; {verdict}")
     finish(found, as_json)
     if not found["go"]:
         raise typer.Exit(NO_GO)
@@ -177,7 +179,7 @@ def capture(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model: a folder, a cached name or a hub name.")],
+    model: Annotated[str, typer.Argument(help="Model: a folder, a cached name or a hub name.", metavar="MODEL")],
     overrides: Overrides = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe whose `evaluate` (and `teacher`) is used.")] = None,
     suite: Annotated[str | None, typer.Option(help="Or a suite: core, tools, published, or a YAML file with `evaluate`.")] = None,
@@ -274,12 +276,12 @@ def schema(of: Annotated[SchemaOf, typer.Argument(help="recipe or study.")] = Sc
 @assets_app.command("list")
 def assets_list(as_json: Json = False) -> None:
     """Show what can be fetched, its size and licence, and what is there."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from limbeck.assets import list_assets
 
     found = list_assets()
-    table = Table("name", "groups", "kind", "MB", "here", "licence")
+    table = Table(Column("name", no_wrap=True), "groups", "kind", "MB", "here", "licence", box=None)  # a name is what `fetch` takes
     for asset in found:
         table.add_row(
             asset.name, ", ".join(asset.groups), asset.kind, f"{asset.megabytes:.0f}", "yes" if asset.path.exists() else "", asset.licence

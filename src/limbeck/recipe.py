@@ -289,7 +289,12 @@ def tokenizer_name(recipe: Recipe) -> tuple[str, str | None]:
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe in a YAML file, with `key.path=value` overrides."""
-    return validate(Recipe, load_yaml(path, overrides), str(path))
+    tree = load_yaml(path, overrides)
+    if "arms" in tree:
+        raise RecipeError(
+            f"{path}: found a study, expected a recipe; `limbeck study {path}` trains its arms, with --dry-run it says what they take"
+        )
+    return validate(Recipe, tree, str(path))
 
 
 def parse_recipe(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:
