@@ -130,8 +130,8 @@ def calls_through(module: nn.Module, method: str) -> None:
 def without_sync(wrapped: nn.Module, is_last: bool) -> Any:
     """DDP exchanges gradients only after the last microbatch of an optimizer step. FSDP2 scatters them after each, as what is accumulated
     in between would be as large as all gradients; where there are several copies, these exchange their parts after the last."""
-    if hasattr(wrapped, "set_requires_all_reduce"):
-        wrapped.set_requires_all_reduce(is_last)
+    if (of_copies := getattr(wrapped, "set_requires_all_reduce", None)) is not None:
+        of_copies(is_last)
     if is_last or not isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return nullcontext()
     return wrapped.no_sync()
