@@ -19,7 +19,7 @@ from limbeck.recipe import Recipe, parse_recipe
 from limbeck.report import records
 from limbeck.report.collect import REFERENCES
 from limbeck.report.records import RunRecord, read_record
-from limbeck.run import Run
+from limbeck.run import Run, what_is_run
 from limbeck.study import Arm, Study, digest
 from limbeck.teachers import ModelTeacher
 
@@ -118,7 +118,7 @@ class Ledger:
     def key(self, task: Task) -> str:
         """The hash of all that decides the run's result, and of nothing else: no paths, settings of speed, processes or benchmarks."""
         recipe = self._at(task)
-        tree = recipe.what_is_run()
+        tree = what_is_run(recipe.to_json())
         tree["train"] = {key: value for key, value in tree["train"].items() if key not in _SPEED}
         del tree["evaluate"], tree["capture"]
         tree["data"] = content_of(recipe)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -28,12 +28,13 @@ class Parallel(Spec):
     shard_teacher: bool = True
     """Of `fsdp2`: share a live teacher's blocks as well. Without it every process holds the teacher whole, and nothing of it is sent."""
 
-    def check(self, processes: int, load_in: str | None = None) -> None:
+    def check(self, processes: int, teacher: Any = None) -> None:
         """Refuse a number of processes that this section does not fit, and, where weights are divided, a teacher loaded in few bits."""
         if self.strategy == "single" and processes > 1:
             raise RecipeError(f"parallel.strategy: found 'single' with {processes} processes, expected one process, or ddp or fsdp2")
         if self.is_sharded(processes) and self.shard_over is not None and processes % self.shard_over:
             raise RecipeError(f"parallel.shard_over: found {self.shard_over}, expected a number that divides the {processes} processes")
+        load_in = getattr(teacher, "load_in", None)
         if self.is_sharded(processes) and load_in is not None:
             raise RecipeError(
                 f"teacher.load_in: found {load_in!r} with parallel.strategy 'fsdp2', which divides weights in float32 and bfloat16 only; "

@@ -12,7 +12,7 @@ from typing import Any
 
 from limbeck.errors import RunError
 from limbeck.report.records import FOLDER
-from limbeck.run import Run, differences, write_json
+from limbeck.run import Run, differences, what_is_run, write_json
 from limbeck.study import Study, digest
 
 FILE = "study.json"
@@ -39,7 +39,9 @@ def claim(study: Study, path: Path, results: Path) -> None:
         "references": study.references,
         "baseline": study.baseline,
         "arms": {name: {"role": arm.role, "parent": arm.parent, "seeds": arm.seeds} for name, arm in plan.items()},
-        "recipes": {name: {key: value for key, value in arm.recipe.what_is_run().items() if key != "seed"} for name, arm in plan.items()},
+        "recipes": {
+            name: {key: value for key, value in what_is_run(arm.recipe.to_json()).items() if key != "seed"} for name, arm in plan.items()
+        },
         "index": there.get("index", {}),
         **_protocol(there, declared, any((results / FOLDER).glob("*-seed-*.json"))),
     }
@@ -56,7 +58,7 @@ def declaration(study: Study) -> dict[str, Any]:
         "compared": [list(pair) for pair in study.compared],
         "seeds": {name: arm.seeds for name, arm in plan.items()},
         "tune": json.loads(study.tune.model_dump_json()) if study.tune else None,
-        "recipes": {name: arm.recipe.what_is_run() for name, arm in plan.items()},
+        "recipes": {name: what_is_run(arm.recipe.to_json()) for name, arm in plan.items()},
     }
     return {"sha256": digest(declared), **declared}
 

@@ -181,10 +181,6 @@ class Recipe(Spec):
         assert self.student is not None and self.train is not None
         return self.student, self.train
 
-    def check_processes(self, processes: int) -> None:
-        """Refuse a number of processes that the recipe does not fit."""
-        self.parallel.check(processes, getattr(self.teacher, "load_in", None))
-
     def for_capture(self) -> tuple[Capture, Needs, HiddenCodec]:
         """The capture section, what is to be captured of the source, and how its hidden states are kept."""
         if self.capture is None:
@@ -229,10 +225,6 @@ class Recipe(Spec):
     def to_json(self) -> dict[str, Any]:
         """The resolved recipe: every default spelled out."""
         return dict(json.loads(self.model_dump_json()))
-
-    def what_is_run(self) -> dict[str, Any]:
-        """The resolved recipe without how processes share it: with another number of them, or another strategy, it is the same run."""
-        return {key: value for key, value in self.to_json().items() if key != "parallel"}
 
 
 def check_objective(recipe: Recipe) -> None:

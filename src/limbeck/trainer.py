@@ -31,7 +31,7 @@ from limbeck.models import blocks, check_size, load_tokenizer, recompute_activat
 from limbeck.objectives.base import HiddenTerm, Needs, Term, gates, needs_of
 from limbeck.objectives.head import num_chunks
 from limbeck.recipe import Recipe, parse_recipe, require_files
-from limbeck.run import Run, differences, environment
+from limbeck.run import Run, differences, environment, what_is_run
 from limbeck.sources.base import OpenSource, microbatches
 from limbeck.step import StepResult, optimizer_step
 from limbeck.student import build as build_student
@@ -47,7 +47,7 @@ def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overri
     require_files(recipe)
     run = Run(Path(path))
     with distributed.world() as world:
-        recipe.check_processes(world.size)
+        recipe.parallel.check(world.size, recipe.teacher)
         if world.is_main:
             _refuse_others(run, recipe)
         distributed.barrier(world)
@@ -228,8 +228,7 @@ def _seed_of(seed: int, step: int, rank: int) -> int:
 def _refuse_others(run: Run, recipe: Recipe) -> None:
     """Refuse the directory of another recipe, or of something else."""
     if (run.path / "recipe.json").is_file():
-        there = {key: value for key, value in run.read_json("recipe.json").items() if key != "parallel"}
-        if differing := differences(there, recipe.what_is_run()):
+        if differing := differences(what_is_run(run.read_json("recipe.json")), what_is_run(recipe.to_json())):
             others = "" if len(differing) == 1 else f", and {len(differing) - 1} more"
             raise RunError(
                 f"{run.path}: holds a run of another recipe ({differing[0][1]}{others}); choose another run directory, or delete this one"

@@ -249,7 +249,7 @@ def test_processes_that_do_not_fit_are_refused() -> None:
     tree = {"source": {"type": "dataset", "data": {"rows": []}}, "teacher": {"type": "model", "model": "owner/model", "load_in": "4bit"}}
     recipe = limbeck.parse_recipe({**tree, "parallel": {"strategy": "fsdp2"}})
     with pytest.raises(RecipeError, match=r"teacher.load_in: found '4bit' with parallel.strategy 'fsdp2'"):
-        recipe.check_processes(2)
-    recipe.check_processes(1)
+        recipe.parallel.check(2, recipe.teacher)
+    recipe.parallel.check(1, recipe.teacher)
     Parallel(strategy="single").check(1)
     Parallel(strategy="fsdp2", shard_over=3).check(1)

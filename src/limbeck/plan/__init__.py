@@ -43,7 +43,7 @@ def plan(
     it is not set; `strategy` is then the recipe's."""
     parsed = parse_recipe(recipe, [*overrides, *([f"parallel.strategy={strategy}"] if strategy else [])])
     _, spec = parsed.for_training()
-    parsed.check_processes(processes)
+    parsed.parallel.check(processes, parsed.teacher)
     require_files(parsed)
     if measure and (device or processes > 1):
         raise RecipeError("--measure: found with --device or --processes, expected alone: steps are measured here, in one process")

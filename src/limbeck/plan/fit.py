@@ -69,7 +69,7 @@ def _usable(recipe: Recipe, candidates: list[Change], processes: int) -> list[Ch
             changed: Any = parse_recipe(recipe, change.overrides)
             changed.student.check()
             changed.teacher.check()
-            changed.check_processes(processes)
+            changed.parallel.check(processes, changed.teacher)
         except LimbeckError:
             continue
         usable.append(change)
