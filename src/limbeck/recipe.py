@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,12 +56,30 @@ class Train(Spec):
     """`fused` computes the head's gradient a chunk at a time; `plain` is the reference by autograd, with all logits in memory."""
     head_memory_mb: int = Field(512, gt=0)
     """Memory for the logits of a chunk, student's and teacher's with their gradients. Fixes the number of chunks for the whole run."""
+    kernels: list[Literal["compile", "liger"]] | None = None
+    """Other ways to compute the same, to rounding. `compile` takes what the terms do with a block of logits through torch.compile; `liger`,
+    for accelerators, puts Liger's Triton kernels in the place of the student's norms, rotary embeddings and gated MLPs."""
     checkpoint_every: int | None = Field(None, gt=0)
     """Steps between checkpoints; none are written where it is not set, and a run that is stopped starts over."""
     keep_checkpoints: int = Field(1, ge=0)
     """Checkpoints kept. 0 keeps the newest one only until the run has finished."""
     report_to: list[TrackerName] = []
     """Trackers that get each row of metrics.jsonl too; their packages are installed apart."""
+
+    @model_validator(mode="after")
+    def _fused_is_compiled(self) -> Train:
+        if self.uses("compile") and self.head != "fused":
+            raise ValueError(f"kernels: found 'compile' beside head {self.head!r}, expected it beside 'fused'")
+        return self
+
+    def uses(self, kernel: str) -> bool:
+        return kernel in (self.kernels or ())
+
+    def check(self) -> None:
+        """Raise where a package is missing."""
+        require_trackers(self.report_to)
+        if self.uses("liger") and find_spec("liger_kernel") is None:
+            raise RecipeError("train.kernels: 'liger_kernel' is not installed; expected its package: pip install 'limbeck[liger]'")
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
@@ -235,6 +253,12 @@ def check_objective(recipe: Recipe) -> None:
         if term.weight != 0 and term in recipe.objective[:index]:
             first = recipe.objective.index(term)
             raise ValueError(f"objective.{index}: found the same {term.type!r} term as objective.{first}; give one of them both weights")
+    moving = [key for key, term in recipe.terms.items() if "temperature" in term.schedules]
+    if moving and recipe.train and recipe.train.uses("compile"):
+        raise ValueError(
+            f"train.kernels: found 'compile' beside a schedule of temperature (the {moving[0]!r} term), for which every step would be "
+            "compiled anew; expected a number for the temperature, or no 'compile'"
+        )
     provided = recipe.teacher.provides()
     for key, term in recipe.terms.items():
         asks_output = isinstance(term, OutputTerm) and term.needs(1, 1).output
@@ -311,7 +335,7 @@ def check_files(recipe: Recipe) -> list[str]:
     problems = []
     checks: list[Callable[[], object]] = [recipe.student.check] if recipe.student else []
     if recipe.train:
-        checks.append(partial(require_trackers, recipe.train.report_to))
+        checks.append(recipe.train.check)
     for check in (*checks, recipe.teacher.check, recipe.source.check, *(benchmark.check for benchmark in recipe.evaluate)):
         try:
             check()

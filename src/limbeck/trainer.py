@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from limbeck import adapters, checkpoint, distributed, optim, trackers
+from limbeck import adapters, checkpoint, distributed, kernels, optim, trackers
 from limbeck.batch import Batch, Signal
 from limbeck.distributed import World
 from limbeck.divide import divide, whole_student
@@ -51,6 +51,8 @@ def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overri
         if world.is_main:
             _refuse_others(run, recipe)
         distributed.barrier(world)
+        if spec.uses("liger"):
+            kernels.refuse_cpu(world.device)
         if run.is_finished:
             say(f"{path}: already finished with this recipe")
             return run
@@ -59,6 +61,8 @@ def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overri
         for benchmark in recipe.evaluate:
             benchmark.samples(tokenizer)  # what cannot be graded shows before hours of training, not after
         student = build_student(student_spec, distributed.opens_on(recipe.parallel, world), recipe.seed)
+        if spec.uses("liger"):
+            kernels.use_liger(student)
         known = run.read_json("data.json", {}).get("layer_maps", {})
         learner, scorer, layer_maps = assemble(recipe, student, tokenizer, source, world, known)
         num_steps = spec.steps or math.ceil((spec.epochs or 1) * source.steps_per_epoch(spec.batch_size))
@@ -113,6 +117,7 @@ def assemble(
         chunks=num_chunks(most_scored(source.samples, spec.micro_batch_size, spec.pack_length), num_tokens, spec.head_memory_mb),
         fused=spec.head == "fused",
         seed=recipe.seed,
+        is_compiled=spec.uses("compile"),
     ).to(device)
     if spec.gradient_checkpointing:
         recompute_activations(student)
