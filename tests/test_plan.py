@@ -14,6 +14,7 @@ import limbeck
 from limbeck import cli
 from limbeck.errors import RecipeError
 from limbeck.flops import flops_per_token
+from limbeck.parallel import Parallel
 from limbeck.plan import plan
 from limbeck.plan.devices import device
 from limbeck.plan.fit import changes
@@ -24,6 +25,7 @@ from limbeck.recipe import parse_recipe
 ROWS = [
     {"messages": [{"role": "user", "content": "x " * (1 + i)}, {"role": "assistant", "content": f"It is {i}. " * 4}]} for i in range(12)
 ]
+FSDP2 = Parallel(strategy="fsdp2")
 planning = importlib.import_module("limbeck.plan")  # `limbeck.plan` is the function
 SHAPES = Shapes(rows=4, width=64, scored=100, most_scored=100, microbatches=2, vocabulary=400)
 
@@ -98,12 +100,32 @@ def test_a_teacher_that_is_the_students_base_costs_nothing(recipe: dict[str, Any
 
 
 def test_processes_are_arithmetic() -> None:
-    one = Memory(100, 100, 200, 50, 10, 80, largest_block=20, root=30, teacher_head=16, sizes=Sizes(25, 0, 25, 20))
-    assert each_holds(one, 1, "fsdp2") == one.parts
-    assert each_holds(one, 4, "ddp") == {**one.parts, "buckets": 100}
-    shared = each_holds(one, 4, "fsdp2")
+    one = Memory(100, 100, 200, 50, 10, 80, largest_block=20, root=30, teacher_whole=16, sizes=Sizes(25, 0, 25, 20))
+    assert each_holds(one, 1, FSDP2) == one.parts
+    assert each_holds(one, 4, Parallel()) == {**one.parts, "buckets": 100}
+    shared = each_holds(one, 4, FSDP2)
     assert (shared["weights"], shared["optimizer"], shared["teacher"], shared["gathered"]) == (25, 50, 16 + 16, 30 + 40)
-    assert wire_bytes(one, 4, "ddp", 3) == 150 and wire_bytes(one, 4, "fsdp2", 3) == 0.75 * 700
+    assert shared["buffer"] == 30
+    assert wire_bytes(one, 4, Parallel(), 3) == 150 and wire_bytes(one, 4, FSDP2, 3) == 3 * 0.75 * (2 * 70 + 30 + 64 + 100)
+    kept = Parallel(strategy="fsdp2", reshard_after_forward=False, shard_teacher=False)
+    held = each_holds(one, 4, kept)
+    assert (held["gathered"], held["teacher"]) == (100, 80) and wire_bytes(one, 4, kept, 3) == 3 * 0.75 * (70 + 30 + 100)
+    assert each_holds(one, 4, FSDP2, "bfloat16")["gathered"] == 30 + 20
+    copies = Parallel(strategy="fsdp2", shard_over=2)
+    assert each_holds(one, 4, copies)["weights"] == 50
+    assert wire_bytes(one, 4, copies, 3) == 3 * 0.5 * (2 * 70 + 30 + 64 + 100) + 2 * 0.5 * 100 / 2
+
+
+def test_processes_share_as_the_recipe_says(recipe: dict[str, Any]) -> None:
+    said = plan({**recipe, "parallel": {"strategy": "fsdp2"}}, processes=2)
+    asked = plan(recipe, processes=2, strategy="fsdp2")
+    assert said["strategy"] == asked["strategy"] == "fsdp2" and said["memory"].keys() == asked["memory"].keys()
+    whole = plan(recipe, processes=2)
+    assert whole["strategy"] == "ddp" and said["memory"]["weights"] < whole["memory"]["weights"] == 2 * said["memory"]["weights"]
+    assert ("parallel.strategy=fsdp2",) in [change.overrides for change in changes(parse_recipe(recipe), 2)]
+    assert not any("parallel" in change.overrides[0] for change in changes(parse_recipe(recipe)))
+    with pytest.raises(RecipeError, match="found 'single' with 2 processes"):
+        plan(recipe, processes=2, strategy="single")
 
 
 def test_counts_are_those_of_the_run(recipe: dict[str, Any], tmp_path: Path) -> None:

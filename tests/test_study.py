@@ -16,6 +16,7 @@ import yaml
 
 import limbeck.trainer
 from helpers import write_jsonl
+from limbeck import protocol
 from limbeck.cache import weight_shapes
 from limbeck.conduct import run_study
 from limbeck.errors import LimbeckError, RecipeError, RunError
@@ -217,8 +218,17 @@ def test_only_what_was_changed_runs_again(copied, make_study, trained, changes, 
 def test_what_only_changes_the_speed_runs_nothing_again(copied, make_study, trained):
     base = make_study().model_dump(mode="json")["base"]
     base["train"] |= {"micro_batch_size": 2, "pack_length": 128, "head_memory_mb": 1, "checkpoint_every": 1, "kernels": ["compile"]}
+    base["parallel"] = {"strategy": "fsdp2", "shard_over": 4}
     run_study(make_study(base=base), copied)
     assert not trained
+
+
+def test_processes_are_not_declared(make_study):
+    base = make_study().model_dump(mode="json")["base"]
+    plain = {key: value for key, value in base.items() if key != "parallel"}
+    studies = [make_study(base=tree) for tree in (plain, base | {"parallel": {"strategy": "fsdp2"}})]
+    assert len({protocol.declaration(study)["sha256"] for study in studies}) == 1
+    assert "parallel" not in str(protocol.declaration(studies[1])["recipes"])
 
 
 def test_edited_data_are_other_data(make_study, tmp_path, trained):

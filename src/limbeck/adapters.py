@@ -144,9 +144,12 @@ def base_of(model: Any) -> tuple[str, str | None] | None:
 def switched_off(model: Any) -> Iterator[None]:
     """The base alone, in eval mode, for as long as this lasts."""
     was_training, layers = model.training, [layer for _, layer in _adapted(model)]
+    trained = [parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad]
     model.eval()
     for layer in layers:
         layer.enable_adapters(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)  # PEFT freezes them too; what FSDP2 gathers meanwhile would stay frozen
     try:
         yield
     finally:

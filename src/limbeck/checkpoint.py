@@ -2,6 +2,9 @@
 
     checkpoints/step-00000024/  learner.safetensors  optimizer.safetensors  state.json  manifest.json
 
+Under FSDP2 each process writes what it holds by torch.distributed.checkpoint, into files that say which part it is (`shard-RANK-model-...`,
+of weights and of optimizer state). Both are read by the same code into whatever layout the run has now. All processes see one folder.
+
 The learning rate, the data order and the random numbers are pure functions of (seed, step), so weights, optimizer state and the
 step number are all that a bit-exact resume needs.
 """
@@ -12,14 +15,17 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from limbeck import distributed
+from limbeck.distributed import ALONE, World
 from limbeck.errors import RunError
 from limbeck.log import warn
 from limbeck.run import fsync_dir
@@ -29,44 +35,66 @@ WEIGHTS, OPTIMIZER, STATE = "learner.safetensors", "optimizer.safetensors", "sta
 _TEMPORARY = ".tmp"
 
 
-def save(root: Path, step: int, learner: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `step` finished steps and delete all but the newest `keep` (at least one)."""
+def save(
+    root: Path,
+    step: int,
+    learner: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+    world: World = ALONE,
+) -> Path:
+    """Write the checkpoint of `step` finished steps and delete all but the newest `keep` (at least one). Every process calls it; where one
+    cannot write, all raise."""
     final = root / f"step-{step:08d}"
     temporary = root / f"{final.name}{_TEMPORARY}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    files: dict[str, Any] = {}
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(_weights(learner), temporary / WEIGHTS)
-        save_file(_optimizer_state(learner, optimizer), temporary / OPTIMIZER)
+
+    def write() -> None:
+        _write(temporary, weights(learner), _optimizer_state(learner, optimizer), world)
+        files.update({file.name: _describe(file) for file in temporary.glob(distributed.parts_of(world))})
+
+    def publish() -> None:
         (temporary / STATE).write_text(json.dumps({**state, "step": step}), encoding="utf-8")
-        files = {file.name: _describe(file) for file in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(files, indent=2), encoding="utf-8")
+        files.update({file.name: _describe(file) for file in sorted(temporary.iterdir()) if file.name not in files})
+        (temporary / MANIFEST).write_text(json.dumps(dict(sorted(files.items())), indent=2), encoding="utf-8")
         for file in temporary.iterdir():
             _fsync(file)
         fsync_dir(temporary)
         remove(final)
         temporary.rename(final)
         fsync_dir(root)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(f"{final}: the checkpoint could not be written ({error}); earlier checkpoints are untouched") from error
-    published = _published(root)
-    # a later one is damaged, and this run has gone back behind it
-    later = published.index(final)
-    for old in published[:later] + published[later + max(keep, 1) :]:
-        remove(old)
+
+    for stage, is_mine in ((begin, world.is_main), (write, True), (publish, world.is_main)):
+        error = _attempt(stage) if is_mine else None
+        told = ""
+        for problem, described in distributed.of_all((error and str(error), files), world):
+            told = told or problem or ""
+            files |= described
+        if told:
+            shutil.rmtree(temporary, ignore_errors=True) if world.is_main else None
+            raise RunError(f"{final}: the checkpoint could not be written ({told}); earlier checkpoints are untouched") from error
+    if world.is_main:
+        published = _published(root)
+        # a later one is damaged, and this run has gone back behind it
+        later = published.index(final)
+        for old in published[:later] + published[later + max(keep, 1) :]:
+            remove(old)
     return final
 
 
-def load_latest(root: Path, learner: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+def load_latest(root: Path, learner: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE) -> dict[str, Any] | None:
     """Restore the newest checkpoint that verifies and return its state, or None. A damaged one is named and passed over."""
-    for path in _published(root):
-        problem = _problem(path)
+    for path in distributed.of_all(_published(root), world)[0]:
+        problem = next(filter(None, distributed.of_all(_problem(path, world), world)), None)
         if problem:
             warn(f"{path}: {problem}; trying an earlier checkpoint")
             continue
-        device = next(learner.parameters()).device
-        _restore(learner, optimizer, load_file(path / WEIGHTS), load_file(path / OPTIMIZER), device, path)
+        _restore(learner, optimizer, path, world)
         return dict(json.loads((path / STATE).read_text(encoding="utf-8")))
     return None
 
@@ -91,54 +119,71 @@ def _published(root: Path) -> list[Path]:
     return sorted((path for path in root.glob("step-*") if _TEMPORARY not in path.name), reverse=True)
 
 
-def _weights(learner: nn.Module) -> dict[str, Tensor]:
+def weights(learner: nn.Module) -> dict[str, Tensor]:
     """Parameters that are trained (tied ones once) and persistent buffers. What is frozen comes from the student's model again."""
     state = learner.state_dict()
     buffers = {name: buffer for name, buffer in learner.named_buffers() if name in state}
     trained = {name: parameter for name, parameter in learner.named_parameters() if parameter.requires_grad}
-    return {name: value.detach().contiguous() for name, value in (*trained.items(), *buffers.items())}
+    return {name: value.detach() for name, value in (*trained.items(), *buffers.items())}
 
 
 def _optimizer_state(learner: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{key}:{name}": value.contiguous()
+        f"{key}:{name}": value
         for name, parameter in learner.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def _restore(
-    learner: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    weights: dict[str, Tensor],
-    state: dict[str, Tensor],
-    device: torch.device,
-    path: Path,
-) -> None:
-    ours = _weights(learner)
-    if set(ours) != set(weights) or any(ours[name].shape != weights[name].shape for name in ours):
+def _write(folder: Path, learner: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], world: World) -> None:
+    if distributed.is_divided(learner.values()):
+        distributed.write_parts({**learner, **optimizer}, dict.fromkeys(learner, 1) | dict.fromkeys(optimizer, 2), folder)
+    elif world.is_main:
+        for name, tensors in ((WEIGHTS, learner), (OPTIMIZER, optimizer)):
+            save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name)
+
+
+def _restore(learner: nn.Module, optimizer: torch.optim.Optimizer, path: Path, world: World) -> None:
+    parameters, ours, found = dict(learner.named_parameters()), weights(learner), distributed.stored(path)
+    state = {label: label.split(":", 1) for label in found if label not in ours}
+    is_other = any(found.get(name) != tuple(value.shape) for name, value in ours.items())
+    if is_other or any(len(parts) != 2 or parts[1] not in parameters for parts in state.values()):
         raise RunError(f"{path}: holds other weights than this recipe's student and projections; use another run directory")
-    parameters = dict(learner.named_parameters())
-    with torch.no_grad():
-        for name, value in (*parameters.items(), *learner.named_buffers()):
-            if name in weights:
-                value.copy_(weights[name])
-    for label, value in state.items():
-        key, name = label.split(":", 1)
-        optimizer.state[parameters[name]][key] = value.to(device)  # the step counter too: a fused AdamW has it beside the weights
+    targets: dict[str, Tensor] = {}
+    for label, (key, name) in state.items():
+        parameter = parameters[name]
+        same = found[label] == tuple(parameter.shape)
+        # the step counter is on the weights' device too: a fused AdamW has it there
+        targets[label] = torch.zeros_like(parameter.detach()) if same else torch.zeros(found[label], device=parameter.device)
+        optimizer.state[parameter][key] = targets[label]
+    distributed.read_into({**ours, **targets}, path, world)
 
 
-def _problem(path: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None."""
+def _problem(path: Path, world: World) -> str | None:
+    """Why a checkpoint cannot be used, or None. Each process reads its share of the files."""
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name in (WEIGHTS, OPTIMIZER, STATE):
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if _describe(path / name) != files.get(name):
+        there = {file.name for file in path.iterdir()} - {MANIFEST}
+        if missing := sorted(({STATE} | set(files)) - there):
+            return f"{missing[0]} is missing"
+        if strange := sorted(there - set(files)):
+            return f"{strange[0]} is not in its {MANIFEST}"
+        if not any(name.endswith(".safetensors") for name in files):
+            return f"{MANIFEST} names no tensors"
+        for name in sorted(files)[world.rank :: world.size]:
+            if _describe(path / name) != files[name]:
                 return f"{name} was cut or altered"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is not readable ({error})"
+    return None
+
+
+def _attempt(stage: Callable[[], None]) -> Exception | None:
+    """Do it; the error of a disk or of a file if there is one."""
+    try:
+        stage()
+    except (OSError, SafetensorError) as error:
+        return error
     return None
 
 

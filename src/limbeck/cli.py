@@ -10,7 +10,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -32,6 +32,7 @@ from limbeck.cli_options import (
 from limbeck.cli_store import store_app
 from limbeck.errors import LimbeckError
 from limbeck.log import MODE_VARIABLE, alert, say, set_mode
+from limbeck.parallel import Strategy
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -138,7 +139,7 @@ def plan(
     measure: Annotated[int, typer.Option(min=0, help="Take the time from so many real steps here; loads the models.")] = 0,
     device: Annotated[str | None, typer.Option(help="Or from the peak figures of a device, such as a100-80g.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that train together.")] = 1,
-    strategy: Annotated[Literal["ddp", "fsdp2"], typer.Option(help="How several processes divide the run.")] = "ddp",
+    strategy: Annotated[Strategy | None, typer.Option(help="How they share the run; the recipe's where not given.")] = None,
     memory_gb: Annotated[float | None, typer.Option(min=0.001, help="What a process may hold; the device's where not given.")] = None,
     as_json: Json = False,
 ) -> None:

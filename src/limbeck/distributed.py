@@ -1,16 +1,27 @@
-"""Processes: the only file that calls torch.distributed. Launched by `torchrun`; alone, everything here is the identity."""
+"""Processes: the only file that calls torch.distributed. Launched by `torchrun`; alone, everything here is the identity.
+
+Under DDP every process holds whole tensors. Under FSDP2 the learner's parameters, their gradients and optimizer state are DTensors, of
+which a process holds a part; a tensor says by itself which it is, so that what reads or writes tensors need not be told.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from limbeck.parallel import Parallel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,9 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+ALONE = World()
 
 
 @contextmanager
@@ -48,18 +62,167 @@ def world() -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def wrap(learner: nn.Module, world: World) -> nn.Module:
-    """The learner as it is to be called: DDP where there is more than one process."""
+# modules
+
+
+def opens_on(parallel: Parallel, world: World) -> str:
+    """Where models are loaded: on the device that computes, or, where each process is to hold a part only, in main memory."""
+    return "cpu" if parallel.is_sharded(world.size) else world.device
+
+
+def wrap(
+    learner: nn.Module, blocks: Sequence[nn.Module], parallel: Parallel, world: World, precision: str, whole: Iterable[nn.Parameter] = ()
+) -> nn.Module:
+    """The learner as it is to be called. Before the optimizer is made: FSDP2 puts other parameters in the place of the learner's.
+
+    The root unit is the learner itself, so that the student's head, which is used a chunk at a time, is gathered once. `whole` are
+    parameters that every process keeps.
+    """
     if world.size == 1:
         return learner
-    return nn.parallel.DistributedDataParallel(learner)
+    if parallel.strategy == "ddp":
+        return nn.parallel.DistributedDataParallel(learner)
+    shard(learner, blocks, parallel, world, precision, whole)
+    return learner
+
+
+def shard(
+    root: nn.Module,
+    blocks: Sequence[nn.Module],
+    parallel: Parallel,
+    world: World,
+    precision: str | None = None,
+    whole: Iterable[nn.Parameter] = (),
+    keeps_root: bool = True,
+) -> None:
+    """Divide the parameters of a module among processes, in place, by FSDP2: a unit for each block, one for the rest.
+
+    In `bfloat16` the blocks are gathered, and their gradients computed, in it, over float32 parts whose gradients are added in float32. The
+    rest (embeddings, head, projections) stays float32, and autocast does to it what it does under DDP. `keeps_root` leaves the rest whole
+    between forward and backward.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    kind = torch.device(world.device).type
+    over = parallel.shard_over or world.size
+    if over == world.size:
+        mesh = init_device_mesh(kind, (world.size,))
+    else:
+        mesh = init_device_mesh(kind, (world.size // over, over), mesh_dim_names=("copies", "parts"))
+    reduced = torch.bfloat16 if precision == "bfloat16" else None
+    policy = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32 if reduced else None, cast_forward_inputs=False)
+    ignored = set(whole)
+    for parameter in ignored:
+        parameter.data = parameter.data.to(world.device)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=parallel.reshard_after_forward, mp_policy=policy, ignored_params=ignored)
+    fully_shard(root, mesh=mesh, reshard_after_forward=not keeps_root, ignored_params=ignored)
+
+
+def calls_through(module: nn.Module, method: str) -> None:
+    """Let a method of a sharded module gather its weights as `forward` does; of any other module it is as it was."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    register_fsdp_forward_method(module, method)
 
 
 def without_sync(wrapped: nn.Module, is_last: bool) -> Any:
-    """Gradients are exchanged only after the last microbatch of an optimizer step."""
+    """DDP exchanges gradients only after the last microbatch of an optimizer step. FSDP2 scatters them after each, as what is accumulated
+    in between would be as large as all gradients; where there are several copies, these exchange their parts after the last."""
+    if (of_copies := getattr(wrapped, "set_requires_all_reduce", None)) is not None:
+        of_copies(is_last)
     if is_last or not isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return nullcontext()
     return wrapped.no_sync()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale gradients down to a norm over all parameters, of which processes may hold parts; returns what it was."""
+    trained = list(parameters)
+    norm = _whole(nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None]))
+    nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+    return float(norm)
+
+
+# tensors
+
+
+def _whole(value: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def is_divided(tensors: Iterable[Tensor]) -> bool:
+    """Whether processes hold parts of any of these."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(value, DTensor) for value in tensors)
+
+
+@torch.no_grad()
+def gather(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Whole tensors in rank 0's main memory, one gathered after the other; nothing on the other ranks."""
+    found = {}
+    for name, value in tensors.items():
+        whole = _whole(value.detach())
+        if world.is_main:
+            found[name] = whole.cpu()
+    return found
+
+
+def write_parts(tensors: Mapping[str, Tensor], files: Mapping[str, int], folder: Path) -> None:
+    """Each process writes the parts that it holds as safetensors that say where they belong; what all have, one of them writes. `files` is
+    the number of the file, from 1, that a tensor goes into."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    writer = HuggingFaceStorageWriter(str(folder), dict(files), save_distributed=True)
+    with _causes():
+        save(dict(tensors), storage_writer=writer)
+
+
+@contextmanager
+def _causes() -> Iterator[None]:
+    """Where reading or writing failed in a process, all have torch's error, which no `except Exception` sees: the cause instead, or what
+    the disks said."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
+        if all(isinstance(cause, OSError) for cause in causes.values()):
+            raise OSError("; ".join(f"process {rank}: {cause}" for rank, cause in causes.items())) from error
+        raise next(iter(causes.values())) from error
+
+
+def parts_of(world: World) -> str:
+    """Names of the files that this process writes by `write_parts`."""
+    return f"shard-{world.rank + 1:05d}-*"
+
+
+def stored(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and whole shapes of the tensors in a folder of safetensors, whether these hold parts or wholes."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    found: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in found.items()}
+
+
+def read_into(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None:
+    """Fill tensors, whole or divided, from safetensors that hold parts or wholes: those who wrote them may have been more, or fewer."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with warnings.catch_warnings(), _causes():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world.size == 1)
+
+
+# numbers and words
 
 
 def sum_over_ranks(values: Mapping[str, float], world: World) -> dict[str, float]:
@@ -78,6 +241,15 @@ def from_main(pairs: list[list[int]], world: World) -> list[list[int]]:
     shared = torch.tensor(pairs, device=world.device)
     dist.broadcast(shared, src=0)
     return shared.tolist()  # type: ignore[no-any-return]
+
+
+def of_all(value: T, world: World) -> list[T]:
+    """What each rank has to say, by rank."""
+    if world.size == 1:
+        return [value]
+    told: list[Any] = [None] * world.size
+    dist.all_gather_object(told, value)
+    return told
 
 
 def barrier(world: World) -> None:

@@ -5,7 +5,7 @@ The whole objective runs inside `forward`, so that wrappers, accumulation, proje
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,11 @@ class Learner(nn.Module):
         """Give projections the first values that their terms take from the data."""
         for key, term in self.hidden_terms.items():
             term.fit(self.projections[key], self.pairs[key], calibration)  # type: ignore[arg-type]
+
+    def states(self, ids: Tensor, positions: Tensor, layers: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """What `models.forward` says of the student, for a teacher that is the student's own base. `forward` does not call it: under FSDP2
+        either gathers the root by itself."""
+        return forward(self.student, ids, positions, layers)
 
     def forward(
         self,

@@ -20,7 +20,7 @@ from limbeck.recipe import Recipe, parse_recipe
 from limbeck.report import records
 from limbeck.report.collect import REFERENCES
 from limbeck.report.records import RunRecord, read_record
-from limbeck.run import Run
+from limbeck.run import Run, what_is_run
 from limbeck.study import Study, digest
 from limbeck.teachers import ModelTeacher
 
@@ -134,9 +134,9 @@ class Ledger:
         return Task(parent, task.seed, self.rate_of(parent), task.is_tuning)
 
     def key(self, task: Task) -> str:
-        """The hash of all that decides the run's result, and of nothing else: no paths, no settings of speed, no benchmarks."""
+        """The hash of all that decides the run's result, and of nothing else: no paths, settings of speed, processes or benchmarks."""
         recipe = self._at(task)
-        tree = recipe.to_json()
+        tree = what_is_run(recipe.to_json())
         tree["train"] = {key: value for key, value in tree["train"].items() if key not in _SPEED}
         del tree["evaluate"], tree["capture"]
         tree["data"] = content_of(recipe)

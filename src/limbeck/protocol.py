@@ -12,7 +12,7 @@ from typing import Any
 
 from limbeck.errors import RunError
 from limbeck.report.records import FOLDER
-from limbeck.run import Run, differences, write_json
+from limbeck.run import Run, differences, what_is_run, write_json
 from limbeck.study import Study, digest
 
 FILE = "study.json"
@@ -42,7 +42,9 @@ def claim(study: Study, path: Path, results: Path) -> None:
             name: {"role": arm.role, "parent": arm.parent, "seeds": arm.seeds} | ({"at_cost_of": arm.at_cost_of} if arm.at_cost_of else {})
             for name, arm in plan.items()
         },
-        "recipes": {name: {key: value for key, value in arm.recipe.to_json().items() if key != "seed"} for name, arm in plan.items()},
+        "recipes": {
+            name: {key: value for key, value in what_is_run(arm.recipe.to_json()).items() if key != "seed"} for name, arm in plan.items()
+        },
         "index": there.get("index", {}),
         **_protocol(there, declared, any((results / FOLDER).glob("*-seed-*.json"))),
     }
@@ -59,7 +61,7 @@ def declaration(study: Study) -> dict[str, Any]:
         "compared": [*map(list, study.compared), *([arm, name] for name, its in plan.items() for arm in its.at_cost_of)],
         "seeds": {name: arm.seeds for name, arm in plan.items()},
         "tune": json.loads(study.tune.model_dump_json()) if study.tune else None,
-        "recipes": {name: arm.recipe.to_json() for name, arm in plan.items()},
+        "recipes": {name: what_is_run(arm.recipe.to_json()) for name, arm in plan.items()},
     }
     return {"sha256": digest(declared), **declared}
 

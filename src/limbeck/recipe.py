@@ -19,6 +19,7 @@ from limbeck.evaluate import Benchmark
 from limbeck.objectives import HiddenTerm, Needs, OutputTerm, Term
 from limbeck.objectives.base import active, needs_of
 from limbeck.optim import Optimizer
+from limbeck.parallel import Parallel
 from limbeck.sources import Source
 from limbeck.spec import Spec, load_yaml, member_of, override, validate
 from limbeck.store import Codec, Exact, HiddenCodec
@@ -163,6 +164,7 @@ class Recipe(Spec):
     objective: list[member_of(Term)] = []  # type: ignore[valid-type]
     """The weighted terms of the loss."""
     train: Train | None = None
+    parallel: Parallel = Parallel()
     evaluate: list[member_of(Benchmark)] = []  # type: ignore[valid-type]
     """Benchmarks of the trained student."""
     capture: Capture | None = None

@@ -108,6 +108,11 @@ def fsync_dir(path: Path) -> None:
         os.close(descriptor)
 
 
+def what_is_run(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A resolved recipe without how processes share it: with another number of them, or another strategy, it is the same run."""
+    return {key: value for key, value in recipe.items() if key != "parallel"}
+
+
 def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, str]]:
     """(`train.steps`, `train.steps is 20 there, 30 here`) for everything that differs."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and any(isinstance(item, dict) for item in old):

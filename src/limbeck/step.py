@@ -47,7 +47,7 @@ def optimizer_step(
     for batch in batches:
         totals.update(batch.counts)
     counts = distributed.sum_over_ranks(totals, world)
-    # DDP averages gradients over ranks; the factor makes it a sum
+    # DDP and FSDP2 average gradients over ranks; the factor makes it a sum
     scales = {key: term.weight / max(counts[term.count], 1) * world.size for key, term in terms.items()}
     running = {key: torch.zeros((), device=world.device) for key in (*terms, *gates(terms), "teacher_nll")}
     teacher_seconds = 0.0
@@ -67,7 +67,7 @@ def optimizer_step(
     # read once per step: a read per microbatch would make an accelerator wait for each
     sums = distributed.sum_over_ranks(dict(zip(running, torch.stack(list(running.values())).tolist(), strict=True)), world)
     trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    grad_norm = float(nn.utils.clip_grad_norm_(trainable, spec.optimizer.max_grad_norm or math.inf))
+    grad_norm = distributed.clip_gradients(trainable, spec.optimizer.max_grad_norm or math.inf)
     total = sum(term.weight * sums[key] / max(counts[term.count], 1) for key, term in terms.items())
     if not math.isfinite(grad_norm) or not math.isfinite(total):
         raise RunError(

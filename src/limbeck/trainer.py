@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from limbeck import adapters, checkpoint, distributed, kernels, optim, trackers
 from limbeck.batch import Batch, Signal
 from limbeck.distributed import World
+from limbeck.divide import divide, whole_student
 from limbeck.errors import ModelError, RunError
 from limbeck.evaluate import Subject
 from limbeck.evaluate.runner import evaluate
@@ -29,7 +31,7 @@ from limbeck.models import blocks, check_size, load_tokenizer, recompute_activat
 from limbeck.objectives.base import HiddenTerm, Needs, Term, gates, needs_of
 from limbeck.objectives.head import num_chunks
 from limbeck.recipe import Recipe, parse_recipe, require_files
-from limbeck.run import Run, differences, environment
+from limbeck.run import Run, differences, environment, what_is_run
 from limbeck.sources.base import OpenSource, microbatches
 from limbeck.step import StepResult, optimizer_step
 from limbeck.student import build as build_student
@@ -45,6 +47,7 @@ def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overri
     require_files(recipe)
     run = Run(Path(path))
     with distributed.world() as world:
+        recipe.parallel.check(world.size, recipe.teacher)
         if world.is_main:
             _refuse_others(run, recipe)
         distributed.barrier(world)
@@ -57,7 +60,7 @@ def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overri
         source = recipe.source.open(tokenizer, recipe.seed)
         for benchmark in recipe.evaluate:
             benchmark.samples(tokenizer)  # what cannot be graded shows before hours of training, not after
-        student = build_student(student_spec, world.device, recipe.seed)
+        student = build_student(student_spec, distributed.opens_on(recipe.parallel, world), recipe.seed)
         if spec.uses("liger"):
             kernels.use_liger(student)
         known = run.read_json("data.json", {}).get("layer_maps", {})
@@ -65,8 +68,10 @@ def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overri
         num_steps = spec.steps or math.ceil((spec.epochs or 1) * source.steps_per_epoch(spec.batch_size))
         if world.is_main:
             _describe(run, recipe, source, student, tokenizer, num_steps, layer_maps)
-        _loop(run, recipe, learner, source, scorer, num_steps, tokenizer.pad_token_id or 0, world)
-        del scorer
+        wrapped = divide(recipe, learner, scorer, world)
+        _loop(run, recipe, learner, wrapped, source, scorer, num_steps, tokenizer.pad_token_id or 0, world)
+        student = whole_student(recipe, learner, world)
+        del scorer, learner, wrapped
         if world.is_main:
             _finish(run, recipe, student, tokenizer, world)
     return run
@@ -78,12 +83,12 @@ def assemble(
     """The learner, the opened teacher if any term of positive weight needs one, and layer maps that data decided. `known` are those with
     which a resumed run began."""
     _, spec = recipe.for_training()
-    terms = recipe.terms
+    terms, device = recipe.terms, distributed.opens_on(recipe.parallel, world)
     if any(isinstance(term, HiddenTerm) for term in terms.values()):
         recipe.teacher.prepare()  # a layer map depends on how many blocks the teacher has
     provided = recipe.teacher.provides()
     needs = needs_of(terms, len(blocks(student)), provided.num_layers or 0) if provided.output else Needs()
-    scorer = recipe.teacher.open_beside(student, tokenizer, needs, world.device) if needs.anything else None
+    scorer = recipe.teacher.open_beside(student, tokenizer, needs, device) if needs.anything else None
     if scorer is not None:
         scorer.require(source.samples)
     num_tokens = scorer.vocabulary if scorer is not None else len(vocabulary(tokenizer))
@@ -99,7 +104,7 @@ def assemble(
         verify_packing(student)
         if scorer is not None:
             scorer.verify_packing()
-    calibration = FirstSamples(student, scorer, source, world.device)
+    calibration = FirstSamples(student, scorer, source, device)
     settled, layer_maps = settle(terms, calibration, known or {}, world)
     if scorer is not None and layer_maps:
         scorer = scorer.asking(needs_of(settled, len(blocks(student)), scorer.num_layers))
@@ -113,7 +118,7 @@ def assemble(
         fused=spec.head == "fused",
         seed=recipe.seed,
         is_compiled=spec.uses("compile"),
-    ).to(world.device)
+    ).to(device)
     if spec.gradient_checkpointing:
         recompute_activations(student)
     learner.fit(calibration)
@@ -121,15 +126,22 @@ def assemble(
 
 
 def _loop(
-    run: Run, recipe: Recipe, learner: Learner, source: OpenSource, scorer: Scorer | None, num_steps: int, pad_id: int, world: World
+    run: Run,
+    recipe: Recipe,
+    learner: Learner,
+    wrapped: nn.Module,
+    source: OpenSource,
+    scorer: Scorer | None,
+    num_steps: int,
+    pad_id: int,
+    world: World,
 ) -> None:
     _, spec = recipe.for_training()
     terms = recipe.terms
     optimizer = optim.build(spec.optimizer, learner)
     checkpoint.clean(run.checkpoints) if world.is_main else None
-    state = checkpoint.load_latest(run.checkpoints, learner, optimizer) or {"step": 0, "tokens": 0, "seconds": 0.0}
+    state = checkpoint.load_latest(run.checkpoints, learner, optimizer, world) or {"step": 0, "tokens": 0, "seconds": 0.0}
     first, tokens, spent = state["step"], state["tokens"], state["seconds"]
-    wrapped = distributed.wrap(learner, world)
     score = scorer.score if scorer is not None else lambda batch: Signal()
     expect = scorer.expect if scorer is not None else lambda batches: None
     if world.is_main:
@@ -166,13 +178,13 @@ def _loop(
             if world.is_main:
                 scheduled = {f"{name}/{key}": getattr(now[key], name) for key, term in terms.items() for name in term.schedules}
                 report(_log(run, step + 1, result, terms, scheduled, rate, tokens, seconds, spent))
-                if spec.checkpoint_every and (step + 1) % spec.checkpoint_every == 0 and step + 1 < num_steps:
-                    checkpoint.save(
-                        run.checkpoints, step + 1, learner, optimizer, {"tokens": tokens, "seconds": spent}, spec.keep_checkpoints
-                    )
+            if spec.checkpoint_every and (step + 1) % spec.checkpoint_every == 0 and step + 1 < num_steps:
+                state = {"tokens": tokens, "seconds": spent}
+                checkpoint.save(run.checkpoints, step + 1, learner, optimizer, state, spec.keep_checkpoints, world)
             bar.advance(1, note=_note(result, terms, seconds))
-    if world.is_main and spec.checkpoint_every and spec.keep_checkpoints and first < num_steps:
-        checkpoint.save(run.checkpoints, num_steps, learner, optimizer, {"tokens": tokens, "seconds": spent}, spec.keep_checkpoints)
+    if spec.checkpoint_every and spec.keep_checkpoints and first < num_steps:
+        state = {"tokens": tokens, "seconds": spent}
+        checkpoint.save(run.checkpoints, num_steps, learner, optimizer, state, spec.keep_checkpoints, world)
 
 
 def _log(
@@ -221,7 +233,7 @@ def _seed_of(seed: int, step: int, rank: int) -> int:
 def _refuse_others(run: Run, recipe: Recipe) -> None:
     """Refuse the directory of another recipe, or of something else."""
     if (run.path / "recipe.json").is_file():
-        if differing := differences(run.read_json("recipe.json"), recipe.to_json()):
+        if differing := differences(what_is_run(run.read_json("recipe.json")), what_is_run(recipe.to_json())):
             others = "" if len(differing) == 1 else f", and {len(differing) - 1} more"
             raise RunError(
                 f"{run.path}: holds a run of another recipe ({differing[0][1]}{others}); choose another run directory, or delete this one"

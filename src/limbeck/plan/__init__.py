@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from limbeck.errors import RecipeError
 from limbeck.log import console, say
+from limbeck.parallel import Strategy
 from limbeck.recipe import Recipe, parse_recipe, require_files
 from limbeck.teachers.model import ModelTeacher
 
@@ -34,14 +35,15 @@ def plan(
     measure: int = 0,
     device: str | None = None,
     processes: int = 1,
-    strategy: Literal["ddp", "fsdp2"] = "ddp",
+    strategy: Strategy | None = None,
     memory_gb: float | None = None,
 ) -> dict[str, Any]:
     """What a recipe's training will take, in bytes, operations and seconds. Time is that of `measure` real steps here, of the peak figures
     of `device`, or of a matrix product that is timed here. `memory_gb` is what a process may have: the device's, or this machine's, where
-    it is not set."""
-    parsed = parse_recipe(recipe, overrides)
-    parsed.for_training()
+    it is not set; `strategy` is then the recipe's."""
+    parsed = parse_recipe(recipe, [*overrides, *([f"parallel.strategy={strategy}"] if strategy else [])])
+    _, spec = parsed.for_training()
+    parsed.parallel.check(processes, parsed.teacher)
     require_files(parsed)
     if measure and (device or processes > 1):
         raise RecipeError("--measure: found with --device or --processes, expected alone: steps are measured here, in one process")
@@ -56,14 +58,14 @@ def plan(
     memory = simulate(parsed, todo.shapes)
     held = CONTEXT if there else _process()  # once: it is compared with itself
 
-    def parts_of(memory: Memory) -> dict[str, int]:
-        return {**each_holds(memory, processes, strategy), "process": held}
+    def parts_of(recipe: Recipe, memory: Memory) -> dict[str, int]:
+        return {**each_holds(memory, processes, recipe.parallel, spec.precision), "process": held}
 
     def peak_of(changed: Recipe) -> float:
         other = work(changed, source, num_tokens, processes)
-        return float(sum(parts_of(simulate(changed, other.shapes)).values()))
+        return float(sum(parts_of(changed, simulate(changed, other.shapes)).values()))
 
-    parts = parts_of(memory)
+    parts = parts_of(parsed, memory)
     peak, limit = sum(parts.values()), memory_gb * GB if memory_gb else there.memory_gb * GB if there else _machine(processes)
     found: dict[str, Any] = {
         "memory": parts,
@@ -71,7 +73,7 @@ def plan(
         "limit": round(limit),
         "fits": peak <= limit,
         "processes": processes,
-        "strategy": strategy if processes > 1 else None,
+        "strategy": parsed.parallel.strategy if processes > 1 else None,
         "device": device,
         "disk": disk(parsed, source, memory.sizes),
         "num_steps": todo.num_steps,
@@ -80,12 +82,12 @@ def plan(
         "largest_microbatch": asdict(todo.shapes),
         "flops": todo.positions * memory.sizes.flops_per_position,
         "teacher_flops": todo.positions * 2.0 * memory.sizes.taught,
-        **_time(parsed, todo, memory, measure, there, processes, strategy),
+        **_time(parsed, todo, memory, measure, there, processes),
     }
     if peak > limit:
         from limbeck.plan.fit import cheapest
 
-        changes, left = cheapest(parsed, limit, peak_of)
+        changes, left = cheapest(parsed, limit, peak_of, processes)
         found["to_fit"] = {"changes": [asdict(change) for change in changes], "peak": round(left), "fits": left <= limit}
     return found
 
@@ -103,9 +105,7 @@ def _opened(recipe: Recipe) -> tuple[Any, int]:
     return source, len(vocabulary(tokenizer))
 
 
-def _time(
-    recipe: Recipe, todo: Work, memory: Memory, measure: int, there: Device | None, processes: int, strategy: Literal["ddp", "fsdp2"]
-) -> dict[str, Any]:
+def _time(recipe: Recipe, todo: Work, memory: Memory, measure: int, there: Device | None, processes: int) -> dict[str, Any]:
     """Seconds of the training steps, and what they are taken from."""
     from limbeck.forecast import EFFICIENCY, flops_per_second
     from limbeck.plan.processes import wire_bytes
@@ -122,7 +122,8 @@ def _time(
         seconds = flops / (flops_per_second() * EFFICIENCY) / processes
         return {"seconds": seconds, "basis": f"a matrix product timed here, of whose speed a step is assumed to reach {EFFICIENCY:.0%}"}
     seconds = flops / there.flops_per_second(spec.precision) / processes
-    sent = wire_bytes(memory, processes, strategy, todo.shapes.microbatches) * todo.num_steps if processes > 1 else 0.0
+    each_step = wire_bytes(memory, processes, recipe.parallel, todo.shapes.microbatches, spec.precision) if processes > 1 else 0.0
+    sent = each_step * todo.num_steps
     basis = f"{getattr(there, spec.precision):g} teraFLOP/s ({there.source}), assumed utilisation {there.utilisation:.0%}"
     return {"seconds": seconds + sent / (there.wire_gb_per_s * GB), "basis": basis, "wire_bytes": round(sent)}
 

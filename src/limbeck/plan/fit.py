@@ -18,8 +18,8 @@ class Change:
     cost: str
 
 
-def changes(recipe: Recipe) -> list[Change]:
-    """What may be changed in this recipe, the cheapest first."""
+def changes(recipe: Recipe, processes: int = 1) -> list[Change]:
+    """What may be changed in this recipe for so many processes, the cheapest first."""
     student, spec = recipe.for_training()
     found = []
     sizes = [size for size in (8, 4, 2, 1) if size < spec.micro_batch_size]
@@ -29,6 +29,8 @@ def changes(recipe: Recipe) -> list[Change]:
         for size in (128, 32)
         if size < spec.head_memory_mb
     ]
+    if processes > 1 and not recipe.parallel.is_sharded(processes):
+        found.append(Change(("parallel.strategy=fsdp2",), "more to send between processes"))
     if not spec.gradient_checkpointing:
         found.append(Change(("train.gradient_checkpointing=true",), "about a third more time"))
     if recipe.teacher.type == "model":
@@ -40,10 +42,10 @@ def changes(recipe: Recipe) -> list[Change]:
     return found
 
 
-def cheapest(recipe: Recipe, limit: float, peak_of: Callable[[Recipe], float]) -> tuple[list[Change], float]:
+def cheapest(recipe: Recipe, limit: float, peak_of: Callable[[Recipe], float], processes: int = 1) -> tuple[list[Change], float]:
     """Changes with which the peak is at most `limit` bytes, and that peak. One alone where one is enough, else each on top of those before
     it. All of them, where even that is too much."""
-    candidates = _usable(recipe, changes(recipe))
+    candidates = _usable(recipe, changes(recipe, processes), processes)
     peaks: dict[Change, float] = {}
     for change in candidates:
         peaks[change] = peak_of(parse_recipe(recipe, change.overrides))
@@ -59,14 +61,15 @@ def cheapest(recipe: Recipe, limit: float, peak_of: Callable[[Recipe], float]) -
     return taken, peak
 
 
-def _usable(recipe: Recipe, candidates: list[Change]) -> list[Change]:
-    """Those that the recipe allows: `load_in` needs a package that may be missing, adapters one more."""
+def _usable(recipe: Recipe, candidates: list[Change], processes: int) -> list[Change]:
+    """Those that the recipe allows: `load_in` needs a package that may be missing, adapters one more, and FSDP2 none of the former."""
     usable = []
     for change in candidates:
         try:
             changed: Any = parse_recipe(recipe, change.overrides)
             changed.student.check()
             changed.teacher.check()
+            changed.parallel.check(processes, changed.teacher)
         except LimbeckError:
             continue
         usable.append(change)

@@ -66,7 +66,8 @@ class Sizes:
 class Memory:
     """Bytes at the peak of a step, by part; their sum is the peak. `activations` are all that is alive at the peak and none of the others.
 
-    `largest_block` and `root` (what is in no block) are weights that a sharded model gathers; `teacher_head` is a head that stays whole.
+    `largest_block` and `root` (what is in no block) are weights that a sharded model gathers; `teacher_whole` is
+    what processes do not share of the teacher: its head.
     """
 
     weights: int
@@ -77,7 +78,7 @@ class Memory:
     teacher: int
     largest_block: int
     root: int
-    teacher_head: int
+    teacher_whole: int
     sizes: Sizes
 
     @property
@@ -139,7 +140,7 @@ def _parts(recipe: Recipe, learner: Learner, scorer: ModelScorer | None, shares:
         teacher=0 if scorer is None or shares else _teacher_bytes(scorer, recipe.teacher),
         largest_block=block,
         root=weights - sum(_bytes(each) for each in blocks(learner.student)),
-        teacher_head=0 if scorer is None or shares else scorer.head.weight.numel() * scorer.head.weight.element_size(),
+        teacher_whole=0 if scorer is None or shares else _bytes(scorer.model.get_output_embeddings()),
         sizes=Sizes(trained, frozen, saved or adapted, taught),
     )
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from limbeck.batch import Batch, Signal
 
 Alone = Callable[[], AbstractContextManager[None]]
+States = Callable[..., "tuple[Tensor, dict[int, Tensor]]"]
 
 
 class ModelTeacher(Teacher):
@@ -113,7 +114,8 @@ class ModelTeacher(Teacher):
 class ModelScorer:
     """Runs the teacher once per batch. Its logits are never made here, but a chunk at a time by whoever applies `teacher_head`.
 
-    `alone` makes the model the teacher for as long as it lasts, where it is something else in between.
+    `alone` makes the model the teacher for as long as it lasts, where it is something else in between. `states` computes its hidden states;
+    it is another's where weights that are divided among processes are gathered by that.
     """
 
     def __init__(
@@ -125,7 +127,10 @@ class ModelScorer:
         needs: Needs,
         alone: Alone = nullcontext,
     ) -> None:
+        from limbeck.models import forward
+
         self.name, self.model, self.head, self.num_layers, self.needs, self.alone = name, model, head, num_layers, needs, alone
+        self.states: States = partial(forward, model)
         self.width = head.weight.shape[1]
         self.vocabulary = head.weight.shape[0]
 
@@ -152,10 +157,9 @@ class ModelScorer:
         import torch
 
         from limbeck.batch import Signal
-        from limbeck.models import forward
 
         with torch.no_grad(), self.alone():
-            last, states = forward(self.model, batch.input_ids, batch.position_ids, sorted(self.needs.layers))
+            last, states = self.states(batch.input_ids, batch.position_ids, sorted(self.needs.layers))
             rows = last.flatten(0, 1)[batch.scored]
             hidden = {layer: state.flatten(0, 1)[batch.represented] for layer, state in states.items()}
             if self.needs.output:
