@@ -22,6 +22,7 @@ PACKAGE = ROOT / "src" / "limbeck"
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("0", ("errors",)),
     ("0", ("spec", "batch", "run", "log", "cache")),
+    ("0", ("stopping",)),
     ("1", ("objectives", "tokens", "report.stats", "report.crossed")),
     ("1", ("store", "report.verdict")),
     ("1", ("report.gap",)),
@@ -30,7 +31,8 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("3", ("first_samples",)),
     ("4", ("evaluate", "optim", "checkpoint", "student", "trackers")),
     ("5", ("recipe", "suites")),
-    ("6", ("calibration", "step")),
+    ("6", ("calibration", "step", "not_finite")),
+    ("6", ("bookkeeping",)),
     ("6", ("trainer", "capture")),
     ("6", ("remeasure", "importing")),
     ("7", ("report",)),
@@ -44,7 +46,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("8", ("export",)),
     ("8", ("demo",)),
     ("8", ("cli_options",)),
-    ("8", ("cli_store",)),
+    ("8", ("cli_store", "cli_assets")),
     ("8", ("cli",)),
     ("top", ("", "__main__")),
 )

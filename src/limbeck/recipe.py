@@ -30,6 +30,9 @@ from limbeck.teachers import NoTeacher, Teacher
 from limbeck.trackers import TrackerName
 from limbeck.trackers import require as require_trackers
 
+LATER: tuple[tuple[str, str, Any], ...] = (("train", "max_skipped_steps", 0),)
+"""Section, key and default of what was added since runs are recorded by the hash of their recipe."""
+
 
 class Train(Spec):
     """How the student is trained."""
@@ -59,6 +62,9 @@ class Train(Spec):
     """Steps between checkpoints; none are written where it is not set, and a run that is stopped starts over."""
     keep_checkpoints: int = Field(1, ge=0)
     """Checkpoints kept. 0 keeps the newest one only until the run has finished."""
+    max_skipped_steps: int = Field(0, ge=0)
+    """Steps in a row that are left out where loss or gradient is infinite or no number: weights and optimizer stay as they were, and the
+    next step's data come. At one more, or at the first with 0, the run stops. `limbeck replay` does such a step again."""
     report_to: list[TrackerName] = []
     """Trackers that get each row of metrics.jsonl too; their packages are installed apart."""
 
@@ -221,8 +227,13 @@ class Recipe(Spec):
         return self.capture, Needs(output=True, layers=frozenset(layers)), hidden
 
     def to_json(self) -> dict[str, Any]:
-        """The resolved recipe: every default spelled out."""
-        return dict(json.loads(self.model_dump_json()))
+        """The resolved recipe: every default spelled out, but for keys that came `LATER`, so that its hash is what it was before them."""
+        tree = dict(json.loads(self.model_dump_json()))
+        for section, key, default in LATER:
+            node = tree.get(section) if section else tree
+            if node and node.get(key) == default:
+                del node[key]
+        return tree
 
 
 def check_objective(recipe: Recipe) -> None:

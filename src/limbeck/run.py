@@ -3,8 +3,9 @@
 recipe.json        the resolved recipe                      environment.json   versions, machine, command
 data.json          what was trained on: counts, hashes      metrics.jsonl      one object per optimizer step
 checkpoints/       see checkpoint.py                        evals/NAME.json    one benchmark result each
-student/           the trained model, for any HF tool       run.json           status, totals, timings
+student/           the trained model, for any HF tool       run.json           status (running, trained, finished), totals
 adapters/          LoRA's, for PEFT; merged into student/   evals/NAME.partial.jsonl   items of one that is not finished
+not-finite/        the last step that was not, to replay
 """
 
 from __future__ import annotations
@@ -44,6 +45,15 @@ class Run:
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def not_finite(self) -> Path:
+        return self.path / "not-finite"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the student is there, and evaluation alone may be left."""
+        return self.is_finished or self.read_json("run.json", {}).get("status") == "trained"
 
     @property
     def is_finished(self) -> bool:
