@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -173,3 +174,28 @@ def killed_run(recipe: dict[str, Any], folder: Path, settings: Sequence[str]) ->
     process.wait()
     assert not (path / "student").exists(), "the run was over before it could be killed"
     return path
+
+
+def forked(arguments: Sequence[str], log: Path) -> int:
+    """The id of a forked process that runs the command line with these arguments: torch is imported. Its output goes to `log`."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        sys.argv = ["limbeck", *arguments]
+        from limbeck.cli import main
+
+        main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
