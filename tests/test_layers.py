@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("6", ("calibration", "step", "not_finite")),
     ("6", ("bookkeeping",)),
     ("6", ("trainer", "capture")),
-    ("6", ("remeasure", "importing")),
+    ("6", ("remeasure", "importing", "replay")),
     ("7", ("report",)),
     ("7", ("study",)),
     ("7", ("protocol",)),

@@ -159,6 +159,20 @@ def train(
 
 
 @app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="Directory of a run with a step that was not finite.", metavar="RUN")], as_json: Json = False
+) -> None:
+    """Do the step again that was infinite or no number, sample by sample, and say where that comes from."""
+    from limbeck.replay import replay as run_replay
+    from limbeck.replay import show
+
+    found = run_replay(run)
+    if not as_json:
+        show(found)
+    finish(found, as_json)
+
+
+@app.command()
 def capture(
     recipe: RecipeFile,
     overrides: Overrides = None,

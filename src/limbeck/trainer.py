@@ -177,7 +177,7 @@ def _loop(
     with trackers.tracking(report_to, run, first) as report, progress(f"train {name}", num_steps, first) as bar:
         for step in range(first, num_steps):
             start = time.perf_counter()
-            torch.manual_seed(_seed_of(recipe.seed, step, world.rank))
+            torch.manual_seed(seed_of(recipe.seed, step, world.rank))
             rate = spec.optimizer.rate(step, num_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -222,7 +222,7 @@ def _note(result: StepResult, terms: Mapping[str, Term], seconds: float) -> str:
     return f"{parts} | {result.counts['represented'] / seconds:.0f} tok/s | {peak_memory_mb() / 1024:.1f} GB"
 
 
-def _seed_of(seed: int, step: int, rank: int) -> int:
+def seed_of(seed: int, step: int, rank: int) -> int:
     """Random numbers of a step (dropout) depend on nothing that came before it."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
