@@ -22,7 +22,7 @@ PACKAGE = ROOT / "src" / "limbeck"
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("0", ("errors",)),
     ("0", ("spec", "batch", "run", "log", "cache")),
-    ("0", ("stopping",)),
+    ("0", ("stopping", "plugins")),
     ("1", ("objectives", "tokens", "report.stats", "report.crossed")),
     ("1", ("store", "report.verdict")),
     ("1", ("report.gap",)),

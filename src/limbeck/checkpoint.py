@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from limbeck.errors import RunError
-from limbeck.log import warn
 from limbeck.run import fsync_dir
 
 MANIFEST = "manifest.json"
@@ -59,12 +58,14 @@ def save(root: Path, step: int, learner: nn.Module, optimizer: torch.optim.Optim
 
 
 def load_latest(root: Path, learner: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """Restore the newest checkpoint that verifies and return its state, or None. A damaged one is named and passed over."""
-    for path in _published(root):
+    """Restore the newest checkpoint and return its state, or None where there is none. RunError names one that is damaged: whoever deletes
+    it has said that the one before it is to be used."""
+    published = _published(root)
+    for path in published[:1]:
         problem = _problem(path)
         if problem:
-            warn(f"{path}: {problem}; trying an earlier checkpoint")
-            continue
+            before = f"from {published[1].name}" if len(published) > 1 else "from the beginning"
+            raise RunError(f"{path}: damaged: {problem}. Delete this folder to go on {before}")
         device = next(learner.parameters()).device
         _restore(learner, optimizer, load_file(path / WEIGHTS), load_file(path / OPTIMIZER), device, path)
         return dict(json.loads((path / STATE).read_text(encoding="utf-8")))

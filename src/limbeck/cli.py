@@ -18,7 +18,7 @@ from limbeck import stopping
 from limbeck.cli_assets import assets_app
 from limbeck.cli_options import Json, Overrides, RecipeFile, StoreOut, captured, finish, read_capture, read_recipe
 from limbeck.cli_store import store_app
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, without_secrets
 from limbeck.log import MODE_VARIABLE, alert, is_main_process, say, set_mode
 
 app = typer.Typer(
@@ -318,6 +318,7 @@ def in_order(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str) -> NoReturn:
+    message = without_secrets(message)
     if "--json" in sys.argv:
         print(json.dumps({"error": message}))
     alert(f"error: {message}", style="red")

@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from limbeck.errors import LimbeckError, RecipeError
+from limbeck.errors import LimbeckError, RecipeError, without_secrets
 from limbeck.evaluate import Benchmark
 from limbeck.objectives import HiddenTerm, Needs, OutputTerm, Term
 from limbeck.objectives.base import active, needs_of
 from limbeck.optim import Optimizer
+from limbeck.plugins import Extensible
 from limbeck.sources import Source
 from limbeck.spec import Spec, load_yaml, member_of, override, validate
 from limbeck.store import Codec, Exact, HiddenCodec
@@ -30,7 +31,7 @@ from limbeck.teachers import NoTeacher, Teacher
 from limbeck.trackers import TrackerName
 from limbeck.trackers import require as require_trackers
 
-LATER: tuple[tuple[str, str, Any], ...] = (("train", "max_skipped_steps", 0),)
+LATER: tuple[tuple[str, str, Any], ...] = (("", "plugins", []), ("train", "max_skipped_steps", 0))
 """Section, key and default of what was added since runs are recorded by the hash of their recipe."""
 
 
@@ -139,9 +140,12 @@ class Capture(Spec):
         return {"target": self.target.model_dump(), "codec": self.codec.model_copy(update=kept)}
 
 
-class Recipe(Spec):
+class Recipe(Extensible):
     """One run."""
 
+    plugins: list[str] = []
+    """Modules of your own that define terms, divergences, teachers, sources or benchmarks. They are imported before the rest is read, from
+    the working directory or from what is installed; nothing else is, so read them before you run a recipe of somebody else's."""
     student: Student | None = None
     """The model to be trained; a recipe that only captures needs none."""
     teacher: member_of(Teacher) = NoTeacher()  # type: ignore[valid-type]
@@ -159,6 +163,10 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if where := _secret_in(self.to_json()):
+            raise ValueError(
+                f"{where}: found a URL that holds a key or a password, which would be written down; expected it in the environment"
+            )
         names = [benchmark.key for benchmark in self.evaluate]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"evaluate: found {sorted(repeated)[0]!r} twice; give one of them another `name`")
@@ -234,6 +242,14 @@ class Recipe(Spec):
             if node and node.get(key) == default:
                 del node[key]
         return tree
+
+
+def _secret_in(tree: Any, where: str = "") -> str:
+    """The key of the first value that holds a secret; empty where none does."""
+    if isinstance(tree, dict | list):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return next(filter(None, (_secret_in(value, f"{where}.{key}") for key, value in items)), "")
+    return where.lstrip(".") if isinstance(tree, str) and without_secrets(tree) != tree else ""
 
 
 def check_objective(recipe: Recipe) -> None:

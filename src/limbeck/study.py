@@ -20,6 +20,7 @@ from limbeck.errors import RecipeError, nearest
 from limbeck.evaluate import Benchmark
 from limbeck.evaluate.agreement import Agreement
 from limbeck.evaluate.bits_per_byte import BitsPerByte
+from limbeck.plugins import Extensible
 from limbeck.recipe import Recipe, parse_recipe
 from limbeck.report.collect import REFERENCES
 from limbeck.spec import Spec, load_yaml, member_of, merge, override, validate
@@ -110,7 +111,7 @@ class Arm:
     role: Literal["arm", "again", "planted"] = "arm"
 
 
-class Study(Spec):
+class Study(Extensible):
     """Arms x seeds."""
 
     name: str
