@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -178,8 +179,9 @@ def killed_run(recipe: dict[str, Any], folder: Path, settings: Sequence[str]) ->
     return path
 
 
-def forked(arguments: Sequence[str], log: Path, **environment: str) -> int:
-    """The id of a forked process that runs the command line with these arguments: torch is imported. Its output goes to `log`."""
+def forked(arguments: Sequence[str], log: Path, largest: int | None = None, **environment: str) -> int:
+    """The id of a forked process that runs the command line with these arguments: torch is imported. Its output goes to `log`, and no file that
+    it writes can be larger than `largest` bytes."""
     process = os.fork()
     if process:
         return process
@@ -190,6 +192,8 @@ def forked(arguments: Sequence[str], log: Path, **environment: str) -> int:
         os.dup2(stream, 1)
         os.dup2(stream, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        if largest is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
         sys.argv = ["limbeck", *arguments]
         from limbeck.cli import main
 

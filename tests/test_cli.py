@@ -595,7 +595,7 @@ def test_an_interrupt_says_how_to_go_on(run, works, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "optimizer_step", interrupted)
         code, out, err = run(*command)
-    assert (code, out) == (130, "") and err.endswith("stopped; start the same command again to go on from what was written\n")
+    assert (code, out) == (75, "") and err.endswith("stopped; start the same command again to go on from what was written\n")
     code, out, err = run(*command)
     assert code == 0 and "run: resuming after step 2 of 5" in err
 

@@ -14,7 +14,7 @@ from limbeck.log import peak_memory_mb
 from limbeck.models import weights_hash
 from limbeck.objectives.base import Term, gates
 from limbeck.recipe import Recipe
-from limbeck.run import Run, differences, environment
+from limbeck.run import Run, appearing, differences, environment
 from limbeck.sources.base import OpenSource
 from limbeck.step import StepResult
 from limbeck.tokens.identity import template_hash, vocabulary_hash
@@ -95,14 +95,19 @@ def log_step(
     )
     if is_skipped:
         row = {key: value for key, value in row.items() if math.isfinite(value)} | {"skipped": 1}
-    with open(run.metrics_file, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    try:
+        with open(run.metrics_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:  # half a line at the end counts for nothing
+        raise RunError(f"{run.metrics_file}: could not be written ({error}); start the same command again to go on") from error
     return row
 
 
 def forget_after(run: Run, step: int) -> None:
     """Drop logged steps that a resume will do again."""
     rows = [row for row in run.metrics() if row["step"] <= step]
-    temporary = run.metrics_file.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(run.metrics_file)
+    try:
+        with appearing(run.metrics_file) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{run.metrics_file}: could not be written ({error})") from error

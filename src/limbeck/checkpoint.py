@@ -67,8 +67,12 @@ def load_latest(root: Path, learner: nn.Module, optimizer: torch.optim.Optimizer
             before = f"from {published[1].name}" if len(published) > 1 else "from the beginning"
             raise RunError(f"{path}: damaged: {problem}. Delete this folder to go on {before}")
         device = next(learner.parameters()).device
-        _restore(learner, optimizer, load_file(path / WEIGHTS), load_file(path / OPTIMIZER), device, path)
-        return dict(json.loads((path / STATE).read_text(encoding="utf-8")))
+        try:
+            _restore(learner, optimizer, load_file(path / WEIGHTS), load_file(path / OPTIMIZER), device, path)
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            return {**state, "step": int(state["step"])}
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:  # whoever writes the files can write checksums too
+            raise RunError(f"{path}: damaged: not what a checkpoint holds ({type(error).__name__}: {error})") from error
     return None
 
 

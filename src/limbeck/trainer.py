@@ -233,9 +233,12 @@ def _export(run: Run, recipe: Recipe, student: Any, tokenizer: Any) -> None:
     adapters.merge(student)
     temporary = run.path / "student.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    save_model(student, tokenizer, temporary)
-    shutil.rmtree(run.student, ignore_errors=True)
-    temporary.rename(run.student)
+    try:
+        save_model(student, tokenizer, temporary)
+        shutil.rmtree(run.student, ignore_errors=True)
+        temporary.rename(run.student)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     rows = run.metrics()
     last = rows[-1]
     run.write_json(
