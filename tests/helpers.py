@@ -180,8 +180,8 @@ def killed_run(recipe: dict[str, Any], folder: Path, settings: Sequence[str]) ->
 
 
 def forked(arguments: Sequence[str], log: Path, largest: int | None = None, **environment: str) -> int:
-    """The id of a forked process that runs the command line with these arguments: torch is imported. Its output goes to `log`, and no file that
-    it writes can be larger than `largest` bytes."""
+    """The id of a forked process that runs the command line with these arguments: torch is imported. Its output goes to `log`, and it can
+    write no file of more than `largest` bytes."""
     process = os.fork()
     if process:
         return process

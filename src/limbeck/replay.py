@@ -25,7 +25,7 @@ from limbeck.run import Run
 from limbeck.sources.base import microbatches
 from limbeck.step import NotFiniteError, optimizer_step
 from limbeck.student import build
-from limbeck.tokens.pad import collate
+from limbeck.tokens.pad import pad
 from limbeck.trainer import assemble, seed_of, steps_of
 
 
@@ -69,7 +69,7 @@ def replay(path: str | Path) -> dict[str, Any]:
         rows = []
         for sample in samples:
             torch.manual_seed(seed_of(recipe.seed, step, 0))
-            batch = collate([sample], pad_id).to(here.device)
+            batch = pad([sample], pad_id).to(here.device)
             with torch.autocast(torch.device(here.device).type, torch.bfloat16, enabled=spec.precision == "bfloat16"):
                 rows.append(
                     {"sample": int(sample.sample_id), "tokens": len(sample.ids), **_alone(learner, batch, score(batch), scales, now)}

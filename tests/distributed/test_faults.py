@@ -50,15 +50,16 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(recipe: dict[str, A
     assert int(checkpoint.name.removeprefix("step-")) == run.metrics()[-1]["step"] < 300
 
 
-@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGKILL, 30), (signal.SIGSTOP, 60)], ids=["dies", "hangs"])
+@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGKILL, 30), (signal.SIGSTOP, 90)], ids=["dies", "hangs"])
 def test_a_rank_that_is_lost_stops_the_other_in_bounded_time(recipe: dict[str, Any], tmp_path: Path, number: int, seconds: int) -> None:
-    ranks, run = start(recipe, tmp_path, LIMBECK_TIMEOUT="6")
+    """One that is gone is noticed at once, one that is silent when its time is over."""
+    ranks, run = start(recipe, tmp_path, LIMBECK_TIMEOUT="12")
     begun(run)
     start_ = time.monotonic()
     os.kill(ranks[1], number)
     assert exit_code(ranks[0], seconds) == 2
     assert time.monotonic() - start_ < seconds
-    assert "another process of this run has died, or did not answer for 6 seconds (LIMBECK_TIMEOUT sets that)" in (
+    assert "another process of this run has died, or did not answer for 12 seconds (LIMBECK_TIMEOUT sets that)" in (
         tmp_path / "rank-0.txt"
     ).read_text().replace("\n", " ")
     os.kill(ranks[1], signal.SIGKILL)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fuzz import changed, damaged, fuzzed, json_values
 from limbeck.errors import LimbeckError
 from limbeck.sources.dataset import DatasetSource
-from limbeck.tokens.pad import collate
+from limbeck.tokens.pad import pad
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"city": "Paris"}}}
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}
@@ -45,7 +45,7 @@ def read(file: Path, tokenizer: Any, **settings: Any) -> None:
     with suppress(LimbeckError):
         source = DatasetSource(data=str(file), **{"max_length": 64, **settings}).open(tokenizer, 0)
         samples = source.at(0, 3)
-        batch = collate(samples, 0)
+        batch = pad(samples, 0)
         assert all(0 <= int(sample.ids.max()) < len(tokenizer) and 1 < len(sample.ids) <= 64 for sample in samples)
         assert batch.scored.numel() == sum(sample.num_scored for sample in samples) > 0
 
