@@ -451,7 +451,9 @@ def test_a_capture_in_the_place_of_something_else(refused, folder, teacher_dir):
 
 def test_capturing_without_a_teacher_or_a_place(refused, teacher_dir):
     assert refused("capture", "recipe.yaml").startswith("capture: missing; expected a section with the `path`")
-    assert refused("capture", "recipe.yaml", "--out", "x").startswith("teacher.type: found 'none', expected one of 'model', 'server'")
+    assert refused("capture", "recipe.yaml", "--out", "x").startswith(
+        "teacher.type: found 'none', expected one of 'distillkit', 'model', 'server'"
+    )
 
 
 def test_grading_with_nothing_or_nobody(refused, model_dir):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 import limbeck
-from helpers import make_tokenizer, save_model, tiny_model, write_jsonl
+from helpers import exit_code, forked, make_tokenizer, save_model, tiny_model, write_jsonl
 from limbeck import checkpoint
 from limbeck.errors import LimbeckError, ModelError, RecipeError, without_secrets
 from limbeck.ledger import Ledger
@@ -146,10 +145,9 @@ def test_a_plugin_by_the_command_line_in_a_study(recipe: dict[str, Any], here: P
     (here / "more_terms.py").write_text(TERM.format(name="more_term"))
     base = {key: value for key, value in recipe.items() if key != "objective"} | {"plugins": ["more_terms"]}
     (here / "study.yaml").write_text(json.dumps({"name": "s", "base": base, "arms": {"theirs": {"objective": [{"type": "more_term"}]}}}))
-    command = [sys.executable, "-m", "limbeck", "check", "study.yaml", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "plugin more_terms: " in done.stderr and "more_terms.py" in done.stderr.replace("\n", "")
+    assert exit_code(forked(["check", "study.yaml", "--json"], here / "log.txt")) == 0
+    log = (here / "log.txt").read_text().replace("\n", "")
+    assert "plugin more_terms: " in log and "more_terms.py" in log
 
 
 @pytest.mark.parametrize(

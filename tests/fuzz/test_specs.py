@@ -34,7 +34,7 @@ RECIPE: dict[str, Any] = {
         "max_skipped_steps": 2,
         "report_to": [],
     },
-    "evaluate": [{"type": "bits_per_byte", "data": "held-out.jsonl"}, {"type": "exact_match", "name": "exact"}],
+    "evaluate": [{"type": "bits_per_byte", "data": "held-out.jsonl"}, {"type": "exact_match", "name": "exact", "task": "chain_sum"}],
     "capture": {"path": "captured", "codec": {"type": "topk", "k": 8}, "layers": [1, 5]},
     "seed": 7,
 }
@@ -45,7 +45,7 @@ STUDY: dict[str, Any] = {
     "seeds": [0, 1],
     "num_seeds": {"kd": 1},
     "primary": {"benchmark": "exact", "margin": 0.02},
-    "tune": {"learning_rates": [1e-4, 1e-3], "evaluate": {"type": "exact_match", "seed": 9}},
+    "tune": {"learning_rates": [1e-4, 1e-3], "evaluate": {"type": "exact_match", "task": "chain_sum", "seed": 9}},
     "capture": {"codec": {"type": "quantized"}},
 }
 
