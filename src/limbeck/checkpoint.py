@@ -142,7 +142,7 @@ def _problem(path: Path) -> str | None:
                 return f"{name} is missing"
             if _describe(path / name) != files.get(name):
                 return f"{name} was cut or altered"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         return f"{MANIFEST} is not readable ({error})"
     return None
 

@@ -68,7 +68,7 @@ class Run:
             raise RunError(f"{file}: no such file; expected a run directory written by `limbeck train`")
         try:
             return json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise RunError(f"{file}: not readable as JSON: {error}") from None
 
     def write_json(self, name: str, value: Any) -> None:
@@ -160,7 +160,7 @@ def complete_lines(file: Path) -> Iterator[dict[str, Any]]:
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return
         if not isinstance(row, dict):
             return
