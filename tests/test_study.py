@@ -17,6 +17,7 @@ import limbeck.trainer
 from helpers import write_jsonl
 from limbeck.conduct import run_study
 from limbeck.errors import LimbeckError, RecipeError, RunError
+from limbeck.ledger import Ledger
 from limbeck.run import Run
 from limbeck.study import Study, load_study
 
@@ -330,6 +331,19 @@ def test_controls_and_protocol(make_study, tmp_path, trained):
     assert later["protocol"] == declared["protocol"], "the first declaration stays"
     assert [its["changes"] for its in later["amendments"]] == [["primary.margin is 0.1 there, 0.2 here"]]
     assert len(trained) == 4, "and a metric runs nothing again"
+
+
+def test_a_handicap_that_is_a_rate_outlives_tuning(make_study, tmp_path):
+    """Controls take the baseline's chosen rate, but for the one that is a rate itself."""
+    handicap = {"train": {"optimizer": {"learning_rate": 0.5}}}
+    tune = {"learning_rates": [1e-3, 1e-2], "of": {"sft": [5e-3], "logits": [5e-3]}, "evaluate": task(seed=90_000)}
+    primary = {"benchmark": "sums", "margin": 0.1}
+    arms = {arm: ARMS[arm] for arm in ("sft", "logits")}
+    for planted, expected in ((handicap, 0.5), ({"train": {"steps": 1}}, 5e-3)):
+        study = make_study(**with_task(make_study()), arms=arms, tune=tune, capture=None, primary=primary | {"planted": planted})
+        ledger = Ledger(study, tmp_path / "s")
+        rates = {its.arm: ledger.recipe(its).train.optimizer.learning_rate for its in ledger.tasks()}
+        assert rates == {"sft": 5e-3, "logits": 5e-3, "sft-again": 5e-3, "sft-planted": expected}
 
 
 def test_rates_are_chosen_on_validation_data(make_study, tmp_path, trained):

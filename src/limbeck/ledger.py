@@ -81,7 +81,9 @@ class Ledger:
         ]
 
     def rate_of(self, arm: str) -> float | None:
-        """The rate that tuning chose, or the only one of its grid; None where there is none to choose."""
+        """The rate that tuning chose, or the only one of its grid; None where there is none to choose. A handicap that is a rate stays."""
+        if self.arms[arm].role == "planted" and _plants_rate(self.study):
+            return None
         tuned = arm if self.arms[arm].role == "arm" else self.study.baseline
         found, tune = self.tried(tuned), self.study.tune
         if tune is not None and len(tune.of.get(tuned, ())) == 1:
@@ -247,3 +249,11 @@ def content_of(recipe: Recipe) -> str:
     from limbeck.evaluate.cases import files_hash
 
     return files_hash(getattr(recipe.source, "names", []))
+
+
+def _plants_rate(study: Study) -> bool:
+    """Whether the known handicap is a learning rate."""
+    tree: Any = study.primary.planted if study.primary else {}
+    for key in ("train", "optimizer", "learning_rate"):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree is not None

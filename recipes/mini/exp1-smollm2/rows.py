@@ -3,8 +3,7 @@
     python recipes/mini/exp1-smollm2/rows.py                                            # questions and right answers
     python recipes/mini/exp1-smollm2/rows.py runs/exp1-smollm2/tuned/student            # the teacher's own answers to `additions.jsonl`
 
-`teacher.jsonl` tunes the teacher on additions, `additions.jsonl` is what students learn from, and `subtractions.jsonl` the same on a task
-that the teacher was not tuned on. The three have no question in common.
+`teacher.jsonl` tunes the teacher on additions, and `additions.jsonl` is what students learn from. They have no question in common.
 """
 
 from __future__ import annotations
@@ -17,16 +16,23 @@ import reasoning_gym
 import yaml
 
 HERE = Path(__file__).parent
-NUM_ROWS = {"teacher": 1600, "additions": 480, "subtractions": 480}
+NUM_ROWS = {"teacher": 1600, "additions": 480}
 POOL = 6000
-OF = {"teacher": "+", "additions": "+", "subtractions": "-"}
-SETTINGS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2, "allow_parentheses": False, "allow_negation": False}
+SETTINGS = {
+    "min_terms": 2,
+    "max_terms": 2,
+    "min_digits": 1,
+    "max_digits": 2,
+    "allow_parentheses": False,
+    "allow_negation": False,
+    "operators": ["+"],
+}
 
 
 def main() -> None:
     taken = tested()
     for name, count in NUM_ROWS.items():
-        pool = reasoning_gym.create_dataset("basic_arithmetic", size=POOL, seed=1, operators=[OF[name]], **SETTINGS)
+        pool = reasoning_gym.create_dataset("basic_arithmetic", size=POOL, seed=1, **SETTINGS)
         rows = []
         for entry in pool:
             if len(rows) < count and entry["question"] not in taken:
