@@ -71,11 +71,11 @@ def replay(path: str | Path) -> dict[str, Any]:
             torch.manual_seed(seed_of(recipe.seed, step, 0))
             batch = pad([sample], pad_id).to(here.device)
             with torch.autocast(torch.device(here.device).type, torch.bfloat16, enabled=spec.precision == "bfloat16"):
-                rows.append(
-                    {"sample": int(sample.sample_id), "tokens": len(sample.ids), **_alone(learner, batch, score(batch), scales, now)}
-                )
-    step_as_a_whole = {"step": step + 1, "loss": result.loss, "grad_norm": result.grad_norm, "was": state["why"]}
-    return {**step_as_a_whole, "is_finite": math.isfinite(result.loss) and math.isfinite(result.grad_norm), "samples": rows}
+                found = _alone(learner, batch, score(batch), scales, now)
+            rows.append({"sample": int(sample.sample_id), "tokens": len(sample.ids), **found})
+    is_fine = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+    whole = {"step": step + 1, "loss": _told(result.loss), "grad_norm": _told(result.grad_norm), "was": state["why"]}
+    return {**whole, "is_finite": is_fine, "samples": rows}
 
 
 def _alone(learner: Learner, batch: Batch, signal: Signal, scales: dict[str, float], terms: Any) -> dict[str, Any]:
