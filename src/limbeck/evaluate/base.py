@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -78,10 +78,8 @@ class Result:
             raise RunError(f"{where}: no benchmark result as Limbeck writes it: {' '.join(str(error).split())[:200]}") from error
 
 
-@cache
-def types_of(cls: type[Any]) -> TypeAdapter[Any]:
-    """What checks that the values of a dataclass, as JSON had them, are of its types."""
-    return TypeAdapter(cls)
+types_of: Callable[[Any], Any] = cache(TypeAdapter)
+"""What checks that the values of a dataclass, as JSON had them, are of its types."""
 
 
 @dataclass(frozen=True)
