@@ -67,7 +67,7 @@ class Run:
                 return default
             raise RunError(f"{file}: no such file; expected a run directory written by `limbeck train`")
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            return json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         except (ValueError, OSError, RecursionError) as error:
             raise RunError(f"{file}: not readable as JSON: {error}") from None
 
@@ -81,6 +81,11 @@ class Run:
     def evals(self) -> dict[str, dict[str, Any]]:
         """Benchmark results by benchmark name."""
         return {file.stem: self.read_json(f"evals/{file.name}") for file in sorted((self.path / "evals").glob("*.json"))}
+
+
+def _refuse_constant(name: str) -> None:
+    """We write no such thing."""
+    raise ValueError(f"found {name}, which is no number of JSON")
 
 
 def write_json(file: Path, value: Any, indent: int | None = 2) -> None:

@@ -203,9 +203,9 @@ class Study(Extensible):
                     raise ValueError(f"primary.compare: found {pair[0]!r} with itself, expected two arms")
         return self
 
-    def _known(self, key: str, arm: str) -> None:
-        if arm not in self.arms:
-            raise ValueError(f"{key}: found {arm!r}, expected an arm of the study: {', '.join(self.arms)}{nearest(arm, self.arms)}")
+    def _known(self, key: str, arm: Any) -> None:
+        if not isinstance(arm, str) or arm not in self.arms:
+            raise ValueError(f"{key}: found {arm!r}, expected an arm of the study: {', '.join(self.arms)}{nearest(str(arm), self.arms)}")
 
     @property
     def baseline(self) -> str:
