@@ -31,6 +31,7 @@ FLOORS = tuple(f"matmuls_{kind}_{rows}" for kind in ("dense", "sft") for rows in
 PEERS = tuple(name for name in ("trl", "liger") if find_spec({"trl": "trl", "liger": "liger_kernel"}[name]))
 CONTESTANTS = (
     *FLOORS, "plain_all", "plain_scored", "limbeck_sft", "limbeck_dense", "limbeck_top64",
+    "compiled_sft", "compiled_dense", "compiled_top64",
     *(f"{peer}_{rows}" for peer in PEERS for rows in ("all", "scored")),
 )  # fmt: skip
 WIDTHS = {49_152: (576, 576), 151_936: (896, 1536)}
@@ -109,6 +110,7 @@ def ratios(runs: dict[str, list[dict[str, float]]]) -> dict[str, float]:
         "dense_over_plain_scored": over("limbeck_dense", "plain_scored"),
         "memory_over_plain_scored": over("limbeck_dense", "plain_scored", "megabytes"),
         "tail_over_sft": over("limbeck_top64", "limbeck_sft"),
+        **{f"compiled_{kind}": over(f"compiled_{kind}", f"limbeck_{kind}") for kind in ("sft", "dense", "top64")},
         "row_selection": over("plain_scored", "plain_all"),
         "sft_over_floor": over("limbeck_sft", floors["sft"]),
         "dense_over_plain_all": over("limbeck_dense", "plain_all"),
@@ -192,12 +194,15 @@ def make_problem(vocabulary: int, width: int, teacher_width: int, tokens: int, s
 
 def contestant(name: str, head_memory_mb: int) -> Callable[[dict[str, Any]], None]:
     """A function that leaves gradients in the problem's hidden and weight."""
+    from limbeck.kernels import CompiledBlock
+
     kind, _, rows = name.partition("_")
     if kind == "matmuls":
         what, _, chunk = rows.partition("_")
         return lambda problem: matmuls(problem, what, int(chunk))
-    if kind == "limbeck":
-        return lambda problem: limbeck_head(problem, rows, head_memory_mb)
+    if kind in ("limbeck", "compiled"):
+        compiled = CompiledBlock(output_terms(rows)) if kind == "compiled" else None
+        return lambda problem: limbeck_head(problem, rows, head_memory_mb, compiled)
     loss = {"plain": plain, "trl": trl_jsd, "liger": liger_jsd}[kind]
 
     def run(problem: dict[str, Any]) -> None:
@@ -260,14 +265,18 @@ def liger_jsd(problem: dict[str, Any]) -> None:
     loss(problem["hidden"], problem["weight"], problem["teacher_hidden"], problem["teacher_weight"], labels).backward()
 
 
-def limbeck_head(problem: dict[str, Any], what: str, head_memory_mb: int) -> None:
-    from limbeck.batch import Signal, TopK
+def output_terms(what: str) -> dict[str, Any]:
     from limbeck.objectives import CrossEntropy, Logits
     from limbeck.objectives.base import active
+
+    return active([CrossEntropy(weight=CE_WEIGHT), *([Logits(weight=KL_WEIGHT)] if what != "sft" else [])])
+
+
+def limbeck_head(problem: dict[str, Any], what: str, head_memory_mb: int, compiled: Any = None) -> None:
+    from limbeck.batch import Signal, TopK
     from limbeck.objectives.head import Head, fused, num_chunks
 
-    keep = problem["scored"]
-    terms = active([CrossEntropy(weight=CE_WEIGHT), *([Logits(weight=KL_WEIGHT)] if what != "sft" else [])])
+    keep, terms = problem["scored"], output_terms(what)
     count, vocabulary = int(keep.sum()), len(problem["weight"])
     signal = Signal()
     if what == "dense":
@@ -277,7 +286,7 @@ def limbeck_head(problem: dict[str, Any], what: str, head_memory_mb: int) -> Non
         signal = Signal(sparse=TopK(ids, top, {1.0: tail}))
     scales = {key: term.weight / count for key, term in terms.items()}
     chunks = num_chunks(count, vocabulary, head_memory_mb)  # from the largest microbatch, as a recipe fixes it
-    loss, _ = fused(problem["hidden"][keep], Head(problem["weight"]), problem["targets"][keep], signal, terms, scales, chunks)
+    loss, _ = fused(problem["hidden"][keep], Head(problem["weight"]), problem["targets"][keep], signal, terms, scales, chunks, compiled)
     loss.backward()
 
 

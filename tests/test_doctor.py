@@ -11,7 +11,7 @@ import pytest
 import helpers
 import limbeck
 from limbeck import cli
-from limbeck.doctor import examine, is_go
+from limbeck.doctor import examine, is_go, show
 from limbeck.doctor.data import normalise
 from limbeck.doctor.headroom import judge
 from limbeck.errors import RecipeError
@@ -111,8 +111,30 @@ def test_questions_of_a_test_are_looked_for_among_the_prompts(pair: dict[str, An
 
 
 def test_a_model_that_is_not_here_is_unknown_and_stops_nothing(pair: dict[str, Any]) -> None:
-    (finding,) = examine(parse_recipe(pair | {"teacher": {"type": "model", "model": "nobody/nothing"}}))
-    assert finding.level == "unknown" and "nobody/nothing" in finding.message
+    absent = {"type": "model", "model": "nobody/nothing"}
+    findings = found(pair | {"teacher": absent, "evaluate": [{"type": "bits_per_byte", "data": {"rows": ROWS}}]}, headroom=True)
+    assert findings["tokenizers"].level == findings["headroom"].level == "unknown"
+    assert "nobody/nothing" in findings["tokenizers"].message
+    assert findings["scored tokens"].level == "ok" and findings["trained on: bits_per_byte"].level == "stop"
+    findings = found(pair | {"student": {"model": "nobody/nothing"}})
+    assert {check: finding.level for check, finding in findings.items()} == {"tokenizers": "unknown", "trained on: bits_per_byte": "ok"}
+
+
+def test_a_served_teachers_tokenizer_is_compared_too(pair: dict[str, Any], tmp_path: Path, fresh_tokenizer: Any) -> None:
+    fresh_tokenizer.chat_template = helpers.chatml().replace("<|im_start|>assistant", "<|im_start|>model")
+    fresh_tokenizer.save_pretrained(tmp_path / "alone")
+    served = {"type": "server", "url": "http://127.0.0.1:9/v1", "served_name": "t", "tokenizer": str(tmp_path / "alone"), "k": 8}
+    findings = found(pair | {"teacher": served})
+    assert findings["tokenizers"].level == "ok" and findings["chat templates"].level == "warning"
+    assert "vocabulary of the teacher" not in findings
+
+
+def test_a_template_cannot_steer_the_terminal(pair: dict[str, Any], tmp_path: Path, fresh_tokenizer: Any, capsys: Any) -> None:
+    fresh_tokenizer.chat_template = "{{ raise_exception('\x1b[31mred') }}"
+    findings = examine(parse_recipe(pair | {"teacher": {"type": "model", "model": teacher_with(tmp_path, fresh_tokenizer)}}))
+    show(findings)
+    shown = capsys.readouterr().err
+    assert "\\u001b[31mred" in shown and "\x1b" not in shown
 
 
 def test_a_capture_of_another_template_stops(pair: dict[str, Any], tmp_path: Path, fresh_tokenizer: Any) -> None:

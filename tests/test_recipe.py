@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -570,3 +571,10 @@ print([name for name in ("torch", "transformers", "safetensors") if name in sys.
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.splitlines() == ["model.yaml: objective.hidden.pairs: found teacher block 9, expected 0 to 5", "[]"], done.stderr
+
+
+def test_a_study_is_not_taken_for_a_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text("name: s\nbase: {}\narms: {a: {}}\n")
+    with pytest.raises(RecipeError, match="found a study, expected a recipe; `limbeck study"):
+        load_recipe(file)

@@ -74,7 +74,7 @@ def test_segments_join_to_the_text_of_the_sample(tokenizer: Any) -> None:
     for conversation in (HOSTILE, Conversation(text="é🦊" * 3), Conversation(prompt="🦊", completion="")):
         sample = render(conversation, tokenizer, 999)
         whole = tokenizer.decode(sample.ids, clean_up_tokenization_spaces=False)
-        assert "".join(text for _, text in segments(sample, tokenizer)) == whole.translate(show._VISIBLE)
+        assert "".join(text for _, text in segments(sample, tokenizer)) == show.visible(whole)
         flags = [flag for flag, _ in segments(sample, tokenizer)]
         assert flags == [index % 2 == 1 for index in range(len(flags))]
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import yaml
 
 import limbeck.trainer
 from helpers import write_jsonl
+from limbeck.cache import weight_shapes
 from limbeck.conduct import run_study
 from limbeck.errors import LimbeckError, RecipeError, RunError
 from limbeck.ledger import Ledger
+from limbeck.protocol import declared_primary
 from limbeck.run import Run
-from limbeck.study import Study, load_study
+from limbeck.study import Study, digest, load_study
 
 ARMS: dict[str, dict[str, Any]] = {
     "sft": {"objective": [{"type": "ce"}]},
@@ -213,7 +216,7 @@ def test_only_what_was_changed_runs_again(copied, make_study, trained, changes, 
 
 def test_what_only_changes_the_speed_runs_nothing_again(copied, make_study, trained):
     base = make_study().model_dump(mode="json")["base"]
-    base["train"] |= {"micro_batch_size": 2, "pack_length": 128, "head_memory_mb": 1, "checkpoint_every": 1}
+    base["train"] |= {"micro_batch_size": 2, "pack_length": 128, "head_memory_mb": 1, "checkpoint_every": 1, "kernels": ["compile"]}
     run_study(make_study(base=base), copied)
     assert not trained
 
@@ -344,6 +347,66 @@ def test_a_handicap_that_is_a_rate_outlives_tuning(make_study, tmp_path):
         ledger = Ledger(study, tmp_path / "s")
         rates = {its.arm: ledger.recipe(its).train.optimizer.learning_rate for its in ledger.tasks()}
         assert rates == {"sft": 5e-3, "logits": 5e-3, "sft-again": 5e-3, "sft-planted": expected}
+
+
+def test_the_baseline_at_equal_compute(make_study, tmp_path, trained):
+    """It gets steps for what the teacher takes, once for arms of one cost, and is judged beside the baseline at equal tokens."""
+    changes = with_task(make_study()) | {"references": False}
+    changes["base"]["train"]["steps"] = 10
+    primary = {"benchmark": "sums", "margin": 0.1, "equal_compute": True, "planted": {"train": {"steps": 1}}}
+    arms = ARMS | {
+        "then": {"student": {"arm": "sft"}, "objective": [{"type": "ce"}]},
+        "other": ARMS["sft"] | {"source": {"max_length": 40}},
+    }
+    plan = make_study(**changes, primary=primary, arms=arms, num_seeds={"hidden": 1}, seeds=[0, 1]).plan()
+    added = {name: arm for name, arm in plan.items() if arm.at_cost_of}
+    (name,) = set(added) - {"sft-20-steps"}
+    student, teacher = (sum(prod(s) for k, s in shapes.items() if k not in left) for shapes, left in sizes_of(plan["sft"].recipe))
+    assert added[name].recipe.train.steps == round(10 * (6 * student + 2 * teacher) / (6 * student)) > 10
+    assert added[name].at_cost_of == ["logits", "hidden"] and added[name].seeds == [0, 1]
+    assert added["sft-20-steps"].at_cost_of == ["then"], "what it starts from counts; on other data nothing is known beforehand"
+
+    changes["base"]["train"]["steps"] = 4  # a conversation each of ten, four times
+    figures = run_study(make_study(**changes, primary=primary, arms={arm: ARMS[arm] for arm in ("sft", "logits")}), tmp_path / "s")
+    (name,) = [run.partition("/")[0] for run in trained if run.startswith("sft-") and "steps" in run]
+    declared = json.loads((tmp_path / "s" / "study.json").read_text())
+    assert declared["protocol"]["compared"] == [["logits", "sft"], ["logits", name]]
+    assert declared["arms"][name]["at_cost_of"] == ["logits"] and "at_cost_of" not in declared["arms"]["sft"]
+    (equal,) = figures["equal_compute"]
+    assert equal["other_flops"] == pytest.approx(equal["flops"], rel=0.15) and equal["passes"] == equal["steps"] * 4 / 10
+    text = (tmp_path / "s" / "report.md").read_text()
+    assert f"{name} at equal compute" in text and "logits − sft<br>at equal tokens" in text
+    assert f"{name} takes" in text and "the data has no more rows, and comes 2." in text
+
+
+def sizes_of(recipe: Any) -> list[tuple[dict[str, Any], set[str]]]:
+    """Shapes of the student's and of the teacher's weights, and which of them are not there in it: two of four blocks."""
+    shapes = weight_shapes(recipe.teacher.model)
+    assert shapes
+    return [(shapes, {name for name in shapes if ".layers.1." in name or ".layers.2." in name}), (shapes, set())]
+
+
+def test_equal_compute_needs_lengths_and_sizes_that_compare(make_study, monkeypatch):
+    changes = with_task(make_study()) | {"primary": {"benchmark": "sums", "margin": 0.1, "equal_compute": True}}
+    longer = ARMS["logits"] | {"train": {"steps": None, "epochs": 2}}
+    with pytest.raises(RecipeError, match=r"equal_compute: found both train\.steps and train\.epochs in 'logits' and 'sft'"):
+        make_study(**changes, arms=ARMS | {"logits": longer}).plan()
+    with pytest.raises(RecipeError, match=r"found arm 'sft-\d+-steps', which primary\.equal_compute adds"):
+        name = next(name for name, arm in make_study(**changes).plan().items() if arm.at_cost_of)
+        make_study(**changes, arms=ARMS | {name: ARMS["sft"]}).plan()
+    monkeypatch.setattr("limbeck.flops.weight_shapes", lambda *args: None)
+    with pytest.raises(RecipeError, match=r"arm 'logits': the sizes of .* are read from the weights' files, and these are not here"):
+        make_study(**changes).plan()
+
+
+def test_recorded_studies_are_declared_as_they_were():
+    """A key that is added must not amend, or run again, what is recorded."""
+    folder = Path(__file__).parent.parent / "results" / "mini" / "exp1-smollm2"
+    recorded = json.loads((folder / "study.json").read_text())["protocol"]
+    tree = {key: recorded[key] for key in ("primary", "tune")}
+    asked = Study.model_validate({"name": "x", "base": {}, "arms": {arm: {} for arm in recorded["recipes"] if "-" not in arm}} | tree)
+    assert declared_primary(asked) == recorded["primary"]
+    assert digest({key: value for key, value in recorded.items() if key != "sha256"}) == recorded["sha256"]
 
 
 def test_rates_are_chosen_on_validation_data(make_study, tmp_path, trained):

@@ -6,6 +6,7 @@ Any number of workers (torchrun) share the shards; what they write does not depe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from limbeck import distributed, stopping
 from limbeck.calibration import Signals, calibration_split, hidden_error, score
 from limbeck.distributed import World
 from limbeck.errors import StoreError
-from limbeck.log import progress, say
+from limbeck.jobs import Executor, Job, Local
+from limbeck.log import progress, say, warn
 from limbeck.models import load_tokenizer
 from limbeck.objectives.base import Needs
 from limbeck.recipe import Recipe, parse_recipe, require_files, tokenizer_name
@@ -54,14 +56,17 @@ SPELT = 32
 """Samples by which it is told whether a tokenizer's tokens spell the text."""
 
 
-def capture(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterable[str] = ()) -> Manifest:
+def capture(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterable[str] = (), executor: Executor | None = None) -> Manifest:
     """Score the recipe's source, and the texts that its benchmarks compare with the teacher on, and write the store.
 
-    Started again it goes on where it was, and does nothing where everything is captured.
+    Started again it goes on where it was, and does nothing where everything is captured. With an `executor` of workers elsewhere, these
+    hold the teacher, and this process does not.
     """
     recipe = parse_recipe(recipe, overrides)
-    recipe.for_capture()
+    spec, _, _ = recipe.for_capture()
     require_files(recipe)
+    if executor is not None and not isinstance(executor, Local):
+        return _by_workers(recipe, spec.folder, executor)
     with distributed.world() as world:
         return _Capture(recipe, world).run()
 
@@ -91,6 +96,53 @@ def forget(folder: Path, found: Sequence[Damage]) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def _by_workers(recipe: Recipe, folder: Path, executor: Executor) -> Manifest:
+    """The walk of `_Capture.run`: one worker begins, all write shards, and here they are taken into the manifest."""
+    ((_, todo),) = executor.run([Job("begin the capture", partial(_begun, recipe))])
+    if todo:
+        with progress("shards of the teacher", len(todo)) as bar:
+            for _ in executor.map(partial(_ShardWorker, recipe), todo):
+                bar.advance()
+    _ended(folder)
+    return read_manifest(folder)
+
+
+def _begun(recipe: Recipe) -> list[int]:
+    """In a worker: leave a manifest with the capture's pass; numbers of the shards that are to be made."""
+    with distributed.world() as world:
+        begun = _Capture(recipe, world)
+        begun.begin()
+        return list(begun.todo())
+
+
+class _ShardWorker:
+    """In a worker: holds the teacher and writes shards by their numbers."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        with distributed.world() as world:
+            self._capture = _Capture(recipe, world)
+        self._todo = self._capture.todo()
+
+    def __call__(self, item: int) -> int:
+        if item in self._todo:  # else a worker that died had finished it
+            self._capture.write([(item, self._todo[item])])
+        return item
+
+
+def _ended(folder: Path) -> None:
+    """Take the workers' entries into the manifest."""
+    clean(folder)
+    manifest = collect(folder)
+    total = f"{manifest.num_samples} conversations, {manifest.num_scored} scored tokens, {manifest.num_bytes / 2**20:.1f} MB"
+    say(f"captured {total} in {folder}")
+
+
+def clean(folder: Path) -> None:
+    """Take away what killed workers have not finished."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 class _Capture:
     """What a worker knows of the capture: the recipe's samples, the opened teacher, and the store."""
 
@@ -110,26 +162,27 @@ class _Capture:
 
     def run(self) -> Manifest:
         if self.world.is_main:
-            self._begin()
+            self.begin()
         distributed.barrier(self.world)
-        manifest = read_manifest(self.folder)
-        plan = self._plan(manifest)
-        todo = plan.todo(manifest) if plan else []
+        todo = list(self.todo().items())
         distributed.barrier(self.world)  # all know what is to be done, before it changes
         if todo:
-            self._write(manifest, todo[self.world.rank :: self.world.size])
+            self.write(todo[self.world.rank :: self.world.size])
         distributed.barrier(self.world)
         if self.world.is_main:
-            manifest = collect(self.folder)
-            total = f"{manifest.num_samples} conversations, {manifest.num_scored} scored tokens, {manifest.num_bytes / 2**20:.1f} MB"
-            say(f"captured {total} in {self.folder}")
+            _ended(self.folder)
         distributed.barrier(self.world)
         return read_manifest(self.folder)
 
-    def _begin(self) -> None:
+    def todo(self) -> dict[int, Sequence[Sequence[Wanted]]]:
+        """The batches of the shards that are not there, by number."""
+        manifest = read_manifest(self.folder)
+        plan = self._plan(manifest)
+        return dict(plan.todo(manifest)) if plan else {}
+
+    def begin(self) -> None:
         """Leave a manifest that describes this capture and has its pass, with the files that all shards need."""
-        for leftover in self.folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        clean(self.folder)
         identity = self._identity()
         if has_manifest(Place(self.folder)):
             manifest = collect(self.folder)
@@ -210,7 +263,9 @@ class _Capture:
         if target:
             codec, of_output = choose(codec, target, head, fitted.outputs, others.outputs)
         else:
-            of_output = codec.calibrate(head, fitted.outputs)
+            of_output = codec.calibrate(head, fitted.outputs, others.outputs)
+        if problem := codec.doubt(fitted.outputs):
+            warn(f"{self.folder}: {problem}")
         model = {f"output.{name}": value for name, value in of_output.items()}
         for layer in manifest.layers:
             found = self.hidden.calibrate(fitted.hidden(layer))
@@ -238,7 +293,9 @@ class _Capture:
 
         return make_plan(self.wanted, manifest, is_held, self.spec.batch_size, self.spec.samples_per_shard)
 
-    def _write(self, manifest: Manifest, shards: Sequence[tuple[int, Sequence[Sequence[Wanted]]]]) -> None:
+    def write(self, shards: Sequence[tuple[int, Sequence[Sequence[Wanted]]]]) -> None:
+        """Score the batches of some shards, and publish each shard as it is whole."""
+        manifest = read_manifest(self.folder)
         model = load_file(self.folder / MODEL) if manifest.model else {}
         coming = [part for _, batches in shards for part in batches]
         with (

@@ -73,9 +73,12 @@ def show(found: dict[str, Any]) -> None:
 
 def _in_words(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_in_words(each)}" for key, each in value.items() if each is not None)
+        nested = {
+            key: f"({_in_words(each)})" if isinstance(each, dict) else _in_words(each) for key, each in value.items() if each is not None
+        }
+        return ", ".join(f"{key.replace('_', ' ')} {words}" for key, words in nested.items())
     if isinstance(value, list):
-        return ", ".join(map(_in_words, value))
+        return ", ".join("-".join(map(_in_words, each)) if isinstance(each, list) else _in_words(each) for each in value)
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

@@ -16,7 +16,20 @@ import typer
 
 from limbeck import stopping
 from limbeck.cli_assets import assets_app
-from limbeck.cli_options import Json, Overrides, RecipeFile, StoreOut, captured, finish, read_capture, read_recipe
+from limbeck.cli_options import (
+    Json,
+    Overrides,
+    RecipeFile,
+    StoreOut,
+    Where,
+    WorkerCpus,
+    WorkerGpus,
+    captured,
+    executor_of,
+    finish,
+    read_capture,
+    read_recipe,
+)
 from limbeck.cli_store import store_app
 from limbeck.errors import LimbeckError, without_secrets
 from limbeck.log import MODE_VARIABLE, alert, is_main_process, say, set_mode
@@ -112,7 +125,9 @@ def check(
         for arms, findings in diagnoses.items():
             say(f"\narms: {arms}" if arms else "")
             show_findings(findings)
-        say(f"{recipe}: valid {found['kind']}; {'go' if found['go'] else 'no go: see what says stop'}")
+        unseen = any(finding.level == "unknown" for findings in diagnoses.values() for finding in findings)
+        verdict = "no go: see what says stop" if not found["go"] else "go, as far as could be looked at" if unseen else "go"
+        say(f"{recipe}: valid {found['kind']}; {verdict}")
     finish(found, as_json)
     if not found["go"]:
         raise typer.Exit(NO_GO)
@@ -179,20 +194,24 @@ def capture(
     out: StoreOut = None,
     target_kl: Annotated[float | None, typer.Option(help="Choose how much is kept: as little as loses at most this KL, in nats.")] = None,
     bytes_per_token: Annotated[float | None, typer.Option(help="Choose how much is kept: as much as takes at most these bytes.")] = None,
+    engine: Annotated[Where, typer.Option(help="This process and those of torchrun, or workers on a Ray cluster.")] = Where.local,
+    worker_cpus: WorkerCpus = 1.0,
+    worker_gpus: WorkerGpus = None,
     as_json: Json = False,
 ) -> None:
     """Score the recipe's source with its teacher once, and keep the signal for many students."""
     wanted = {"target_kl": target_kl, "bytes_per_token": bytes_per_token}
     targets = [f"capture.{key}={value}" for key, value in wanted.items() if value is not None]
+    executor = executor_of(engine, worker_cpus, worker_gpus)
     parsed = read_capture(recipe, [*(overrides or []), *targets], out)
     from limbeck.capture import capture as run_capture
 
-    finish(captured(parsed, run_capture(parsed)), as_json)
+    finish(captured(parsed, run_capture(parsed, executor=executor)), as_json)
 
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model: a folder, a cached name or a hub name.")],
+    model: Annotated[str, typer.Argument(help="Model: a folder, a cached name or a hub name.", metavar="MODEL")],
     overrides: Overrides = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe whose `evaluate` (and `teacher`) is used.")] = None,
     suite: Annotated[str | None, typer.Option(help="Or a suite: core, tools, published, or a YAML file with `evaluate`.")] = None,
@@ -231,11 +250,15 @@ def study(
         Path | None, typer.Option(help="Folder of records and report, small enough to commit; --out where not given.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show runs, tokens, time and memory to be expected; do nothing.")] = False,
+    executor: Annotated[Where, typer.Option(help="Runs one by one here, or side by side on a Ray cluster.")] = Where.local,
+    worker_cpus: WorkerCpus = 1.0,
+    worker_gpus: WorkerGpus = None,
     as_json: Json = False,
 ) -> None:
     """Train arms x seeds, evaluate them alike, and write the report. What is recorded is not done again."""
     from limbeck.study import load_study
 
+    where = executor_of(executor, worker_cpus, worker_gpus)
     spec = load_study(file, overrides or [])
     path = out or Path("runs") / spec.name
     if dry_run:
@@ -247,7 +270,7 @@ def study(
         return
     from limbeck.conduct import run_study
 
-    finish(run_study(spec, path, results), as_json)
+    finish(run_study(spec, path, results, where), as_json)
 
 
 @app.command()

@@ -15,12 +15,12 @@ assets_app = typer.Typer(no_args_is_help=True, help="Models and data that instal
 @assets_app.command("list")
 def assets_list(as_json: Json = False) -> None:
     """Show what can be fetched, its size and licence, and what is there."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from limbeck.assets import list_assets
 
     found = list_assets()
-    table = Table("name", "groups", "kind", "MB", "here", "licence")
+    table = Table(Column("name", no_wrap=True), "groups", "kind", "MB", "here", "licence", box=None)  # a name is what `fetch` takes
     for asset in found:
         table.add_row(
             asset.name, ", ".join(asset.groups), asset.kind, f"{asset.megabytes:.0f}", "yes" if asset.path.exists() else "", asset.licence

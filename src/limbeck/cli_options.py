@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,31 @@ RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECI
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key.path=value.", metavar="[KEY=VALUE]...")]
 StoreOut = Annotated[Path | None, typer.Option(help="Folder of the store; overrides capture.path.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")]
+WorkerCpus = Annotated[float, typer.Option(min=0.01, help="On Ray: CPUs of each worker, and its threads.")]
+WorkerGpus = Annotated[float | None, typer.Option(min=0.0, help="On Ray: GPUs of each worker; 1 where the cluster has any.")]
+
+
+class Where(StrEnum):
+    """Who does the work."""
+
+    local = "local"
+    ray = "ray"
+
+
+def executor_of(where: Where, cpus: float, gpus: float | None) -> Any:
+    """The executor that is asked for; None for this process."""
+    from limbeck.errors import RecipeError
+
+    if where is Where.local:
+        if cpus != 1.0 or gpus is not None:
+            raise RecipeError("found --worker-cpus or --worker-gpus without Ray, expected them with ray (or OMP_NUM_THREADS here)")
+        return None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("found Ray under torchrun, expected one of them: Ray starts its own workers")
+    from limbeck.on_ray import OnRay, require_ray
+
+    require_ray()
+    return OnRay(cpus, gpus)
 
 
 def read_recipe(path: Path, overrides: list[str] | None) -> Any:

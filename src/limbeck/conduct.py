@@ -18,15 +18,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from math import prod
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck import protocol
-from limbeck.cache import weight_shapes
-from limbeck.errors import ModelError, RecipeError
+from limbeck.errors import ModelError, RecipeError, RunError
 from limbeck.evaluate import Benchmark
-from limbeck.ledger import Ledger, Task, asks_teacher
+from limbeck.flops import asks_teacher, compute
+from limbeck.jobs import Executor, Job, Local
+from limbeck.ledger import Ledger, Task
 from limbeck.log import is_main_process, say
 from limbeck.objectives.base import Needs, needs_of
 from limbeck.recipe import Recipe, check_files, parse_recipe
@@ -41,69 +42,99 @@ if TYPE_CHECKING:
     from limbeck.distributed import World
 
 
+SHOWN = ("name", "seeds", "num_runs", "statement", "answer", "scores", "differences", "costs", "equal_compute", "budgets")
+"""Of the report's figures, what `run_study` returns."""
 KEY = "key.json"
 """In a run's directory: the hash that it is known by."""
 
 
 class Conduct:
-    """A study at work. Every method may be called again and does what is left."""
+    """A study at work. Every method may be called again and does what is left; each is a job for any process that sees the directories."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, executor: Executor | None = None) -> None:
         self.ledger, self.path = ledger, ledger.path
+        self.executor: Executor = executor or Local()
         self.seconds: dict[str, float] = {}
 
     def run(self, world: World) -> None:
         """Do what is left of the study."""
+        ledger = self.ledger
+        if ledger.study.capture and not ledger.is_finished:
+            self._capture(world)
+        jobs = [Job(REFERENCES[name], partial(self.refer, name)) for name in ledger.missing_references()]
+        while tuning := ledger.tunable():
+            self._do([*jobs, *self._jobs(tuning)], tuning, world)
+            jobs = []
+        tasks = ledger.tasks()
+        self._do([*jobs, *self._jobs(tasks)], tasks, world)
+
+    def _jobs(self, tasks: Sequence[Task]) -> list[Job]:
+        """The runs that have no record, each after the one that it starts from, which is made again where its weights are not here."""
+        asked = {task: True for task in tasks if self.ledger.recorded(task) is None}
+        line: dict[Task, bool] = {}
+        for task in asked:
+            ancestors = [task]
+            while (parent := self.ledger.parent(ancestors[0])) and (parent in asked or not self._is_trained(parent)):
+                ancestors.insert(0, parent)
+            line |= {one: one in asked for one in ancestors if one not in line}
+        parents = {task: self.ledger.parent(task) for task in line}
+        return [
+            Job(task.name, partial(self.do, task, is_asked), (parent.name,) if (parent := parents[task]) in line and parent else ())
+            for task, is_asked in line.items()
+        ]
+
+    def _do(self, jobs: Sequence[Job], tasks: Sequence[Task], world: World) -> None:
         from limbeck import distributed
 
-        waiting = [task for task in self.ledger.tuning_tasks() if self.ledger.recorded(task) is None]
-        if self.ledger.study.capture and (waiting or not self.ledger.is_finished):
-            self._capture(world)
-        distributed.barrier(world)
-        if world.is_main:
-            for name in self.ledger.missing_references():
-                with self._phase(REFERENCES[name]):
-                    self._refer(name, world)
-        distributed.barrier(world)
-        for task in waiting:
-            self.do(task, world)
-        if world.is_main:
-            self.ledger.index()
-        for task in self.ledger.tasks():
-            self.do(task, world)
+        distributed.barrier(world)  # all know what is to be done, before it changes
+        for _, seconds in self.executor.run(jobs):
+            self.seconds |= seconds
             if world.is_main:
                 self.ledger.index()
+        if lacking := [task.name for task in tasks if self.ledger.recorded(task) is None]:
+            raise RunError(f"{lacking[0]}: done, and left no record in {self.ledger.results}; expected a folder that all workers see")
 
-    def do(self, task: Task, world: World) -> None:
-        """Train and grade what a task lacks, and write its record."""
+    def refer(self, name: str) -> dict[str, float]:
+        """Grade a reference; the seconds that it took."""
         from limbeck import distributed
 
-        if self.ledger.recorded(task) is not None:
-            return
-        run = Run(self.path / task.folder)
-        with self._phase(task.name):
-            self._train(task, run, world)
+        with distributed.world() as world:
             if world.is_main:
+                with self._phase(REFERENCES[name]):
+                    self._refer(name, world)
+            distributed.barrier(world)
+        return self.seconds
+
+    def do(self, task: Task, is_asked: bool) -> dict[str, float]:
+        """Train what a run lacks, and where it is asked for, grade it and write its record; the seconds that it took."""
+        from limbeck import distributed
+
+        run = Run(self.path / task.folder)
+        with distributed.world() as world, self._phase(task.name):
+            self._train(task, run, world)
+            if is_asked and world.is_main:
                 self._grade_run(task, run, world)
             distributed.barrier(world)
+        return self.seconds
+
+    def _is_trained(self, task: Task) -> bool:
+        run = Run(self.path / task.folder)
+        return run.is_finished and bool(run.read_json(KEY, {}).get("key") == self.ledger.key(task))
 
     def _train(self, task: Task, run: Run, world: World) -> None:
-        """The run's weights, made or there already; first those that it starts from, whose record may have come from elsewhere."""
+        """The run's weights, made or there already."""
         from limbeck import distributed
         from limbeck.trainer import train
 
-        key = self.ledger.key(task)
-        if run.is_finished and run.read_json(KEY, {}).get("key") == key:
+        if self._is_trained(task):
             return
-        if parent := self.ledger.parent(task):
-            self._train(parent, Run(self.path / parent.folder), world)
         recipe = self.ledger.recipe(task)
         if world.is_main:
             self._make_room(run, recipe)
         distributed.barrier(world)
         train(recipe, run.path)
         if world.is_main:
-            run.write_json(KEY, {"key": key})
+            run.write_json(KEY, {"key": self.ledger.key(task)})
 
     def _make_room(self, run: Run, recipe: Recipe) -> None:
         """Set a run aside that was made of another recipe."""
@@ -125,7 +156,7 @@ class Conduct:
             self._grade(model, load_tokenizer(str(run.student), None), benchmarks, run.path, world)
             wanted = [benchmark.key for benchmark in benchmarks]
             record = replace(record, evals={name: result for name, result in run.evals().items() if name in wanted})
-        about: dict[str, Any] = {"compute": compute(self.ledger.arms[task.arm].recipe, record)}
+        about: dict[str, Any] = {"compute": compute(self.ledger.arms[task.arm].recipe, record.totals["tokens"])}
         if parent := self.ledger.parent(task):
             file, folder = self.ledger.file(parent), self.path / parent.folder
             above = read_record(file) if file.is_file() else records.of_run(folder, parent.arm, parent.seed)
@@ -188,7 +219,7 @@ class Conduct:
             try:
                 for recipe in sources.values():
                     tree = recipe.to_json() | {"objective": [], "capture": section, "evaluate": self.ledger.base.to_json()["evaluate"]}
-                    manifest = capture(parse_recipe(tree, where="capture"))
+                    manifest = capture(parse_recipe(tree, where="capture"), executor=self.executor)
                 took |= {"num_samples": manifest.num_samples, "num_scored": manifest.num_scored, "num_bytes": manifest.num_bytes}
                 took |= {"layers": list(manifest.layers), "complete": digest([list(sources), about])}
             finally:
@@ -208,13 +239,14 @@ class Conduct:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def run_study(study: Study, path: Path | str, results: Path | str | None = None) -> dict[str, Any]:
+def run_study(study: Study, path: Path | str, results: Path | str | None = None, executor: Executor | None = None) -> dict[str, Any]:
     """Capture, measure the references, train and measure every arm with every seed, and write the report; returns its figures.
 
-    `path` holds the weights and the capture, `results` the records and the report (`path` where it is not given).
+    `path` holds the weights and the capture, `results` the records and the report (`path` where it is not given). `executor` does the
+    runs; one by one in this process where it is not given.
     """
     ledger = Ledger(study, path, results)
-    conduct = Conduct(ledger)
+    conduct = Conduct(ledger, executor)
     for number, (arm, its) in enumerate(ledger.arms.items()):
         # the benchmarks are the same for all, and checking one may mean making its cases
         if problems := check_files(its.recipe if number == 0 else its.recipe.model_copy(update={"evaluate": []})):
@@ -232,26 +264,6 @@ def run_study(study: Study, path: Path | str, results: Path | str | None = None)
         return {}
     ledger.index()
     return _report(conduct)
-
-
-def compute(recipe: Recipe, record: RunRecord) -> dict[str, float | None]:
-    """Floating-point operations of a run, of the student and of the teacher as if it had scored every token anew."""
-    tokens = record.totals["tokens"]
-    return {f"{who}_flops": None if each is None else each * tokens for who, each in flops_per_token(recipe).items()}
-
-
-def flops_per_token(recipe: Recipe) -> dict[str, float | None]:
-    """The usual count: 6 for a trained parameter (2 forward, 4 backward), 4 for a frozen one of the student, 2 for one of the teacher"""
-    student, _ = recipe.for_training()
-    sizes, taught = student.num_parameters(), None
-    if not asks_teacher(recipe):
-        taught = 0
-    elif isinstance(recipe.teacher, ModelTeacher) and (shapes := weight_shapes(recipe.teacher.model, recipe.teacher.revision)):
-        taught = sum(prod(shape) for shape in shapes.values())
-    return {
-        "student": 6.0 * sizes["trained"] + 4.0 * sizes["frozen"] if sizes else None,
-        "teacher": None if taught is None else 2.0 * taught,
-    }
 
 
 def _needs(recipe: Recipe) -> Needs:
@@ -290,5 +302,5 @@ def _report(conduct: Conduct) -> dict[str, Any]:
         "path": str(path),
         "report": {"html": str(paths.html), "markdown": str(paths.markdown), "json": str(paths.json)},
         "seconds": seconds,
-        **{key: figures[key] for key in ("name", "seeds", "num_runs", "statement", "answer", "scores", "differences", "costs", "budgets")},
+        **{key: figures[key] for key in SHOWN},
     }

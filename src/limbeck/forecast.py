@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from limbeck.conduct import flops_per_token
-from limbeck.ledger import Ledger, Task, asks_teacher
+from limbeck.flops import asks_teacher, flops_per_token
+from limbeck.ledger import Ledger, Task
 from limbeck.log import console, say
 from limbeck.report.records import read_record
 from limbeck.study import Study

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.batch import Batch, Signal
+from limbeck.kernels import CompiledBlock
 from limbeck.models import blocks, forward, head
 from limbeck.objectives import head as output_head
 from limbeck.objectives.base import Calibration, HiddenTerm, LayerPairs, OutputTerm, Term
@@ -21,7 +22,7 @@ class Learner(nn.Module):
     """Student, trained projections, and the terms.
 
     `vocabulary` is the number of real tokens: padded rows of the head get no probability. `chunks` is fixed by the recipe.
-    `fused=False` takes the plain reference path. `seed` draws the projections.
+    `fused=False` takes the plain reference path, `is_compiled` compiles what the terms do with logits. `seed` draws the projections.
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class Learner(nn.Module):
         chunks: int = 1,
         fused: bool = True,
         seed: int = 0,
+        is_compiled: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
         self.vocabulary, self.chunks, self.fused = vocabulary, chunks, fused
         self.output_terms = {key: term for key, term in terms.items() if isinstance(term, OutputTerm)}
         self.hidden_terms = {key: term for key, term in terms.items() if isinstance(term, HiddenTerm)}
+        self.compiled = CompiledBlock(self.output_terms) if is_compiled and self.output_terms else None
         num_layers, width = len(blocks(student)), head(student).weight.shape[1]
         generator = torch.Generator().manual_seed(seed)
         self.pairs: dict[str, LayerPairs] = {key: term.layer_pairs(num_layers, teacher_layers) for key, term in self.hidden_terms.items()}
@@ -101,5 +104,6 @@ class Learner(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         cut = head(self.student).cut(self.vocabulary)
         if self.fused:
-            return output_head.fused(rows, cut, batch.targets, signal, terms, scales, self.chunks)
+            compiled = self.compiled if self.compiled and self.compiled.keys == tuple(terms) else None
+            return output_head.fused(rows, cut, batch.targets, signal, terms, scales, self.chunks, compiled)
         return output_head.plain(rows, cut, batch.targets, signal, terms, scales)

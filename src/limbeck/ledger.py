@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from limbeck import plugins, protocol
+from limbeck.arms import Arm
 from limbeck.evaluate import Benchmark
-from limbeck.objectives.base import HiddenTerm
+from limbeck.flops import asks_teacher
 from limbeck.recipe import Recipe, parse_recipe
 from limbeck.report import records
 from limbeck.report.collect import REFERENCES
 from limbeck.report.records import RunRecord, read_record
 from limbeck.run import Run
-from limbeck.study import Arm, Study, digest
+from limbeck.study import Study, digest
 from limbeck.teachers import ModelTeacher
 
 _SPEED = (
     "micro_batch_size", "pack_length", "gradient_checkpointing", "head", "head_memory_mb", "checkpoint_every",
-    "keep_checkpoints", "report_to",
+    "keep_checkpoints", "report_to", "kernels",
 )  # fmt: skip
 """Settings of `train` that change what a run costs and not what it learns."""
 
@@ -70,8 +71,25 @@ class Ledger:
         tune = self.study.tune
         if tune is None:
             return []
-        grids = {arm.name: tune.of.get(arm.name, tune.learning_rates) for arm in self.arms.values() if arm.role == "arm"}
+        grids = {arm: self._grid(arm) for arm, its in self.arms.items() if its.role == "arm"}
         return [Task(arm, tune.seed, rate, True) for arm, rates in grids.items() if len(rates) > 1 for rate in rates]
+
+    def _grid(self, arm: str) -> list[float]:
+        """The rates that are tried for an arm; the baseline's for the baseline at another cost."""
+        tune = self.study.tune
+        named = self.study.baseline if self.arms[arm].at_cost_of else arm
+        return tune.of.get(named, tune.learning_rates) if tune else []
+
+    def tunable(self) -> list[Task]:
+        """Tuning runs without a record that can begin: all arms that they start from have their rates."""
+        waiting = [task for task in self.tuning_tasks() if self.recorded(task) is None]
+        arms = {task.arm for task in waiting}
+        return [task for task in waiting if arms.isdisjoint(self.ancestors(task.arm))]
+
+    def ancestors(self, arm: str) -> list[str]:
+        """The arms that it starts from, nearest first."""
+        parent = self.arms[arm].parent
+        return [parent, *self.ancestors(parent)] if parent else []
 
     def tasks(self) -> list[Task]:
         """All runs, seed by seed, so that a study that is stopped has whole comparisons to show."""
@@ -86,8 +104,8 @@ class Ledger:
             return None
         tuned = arm if self.arms[arm].role == "arm" else self.study.baseline
         found, tune = self.tried(tuned), self.study.tune
-        if tune is not None and len(tune.of.get(tuned, ())) == 1:
-            return tune.of[tuned][0]
+        if len(grid := self._grid(tuned)) == 1:
+            return grid[0]
         if tune is None or not found:
             return None
         up = tune.evaluate.higher_is_better
@@ -237,11 +255,6 @@ class Ledger:
                 },
             },
         )
-
-
-def asks_teacher(recipe: Recipe) -> bool:
-    """Whether any term of positive weight needs one."""
-    return any(isinstance(term, HiddenTerm) or term.needs(1, 1).output for term in recipe.terms.values())
 
 
 def content_of(recipe: Recipe) -> str:

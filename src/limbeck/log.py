@@ -25,6 +25,9 @@ MODE_VARIABLE = "LIMBECK_LOG"
 PLAIN_SECONDS = 10.0
 """Between two lines of a plain progress."""
 
+_UNPRINTABLE = [*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_VISIBLE = {code: f"\\u{code:04x}" for code in _UNPRINTABLE if chr(code) not in "\n\t"}
+
 console = Console(stderr=True, highlight=False)
 _alerts = Console(stderr=True, highlight=False)
 _mode = "auto"
@@ -40,6 +43,11 @@ def set_mode(mode: str) -> None:
     console.no_color = _alerts.no_color = mode == "plain" or "NO_COLOR" in os.environ
 
 
+def visible(text: str) -> str:
+    """Control characters and changes of the writing direction in their escapes: foreign text must not steer the terminal."""
+    return text.translate(_VISIBLE)
+
+
 def is_main_process() -> bool:
     """Whether this is rank 0 of the processes that torchrun started (or the only one)."""
     return os.environ.get("RANK", "0") == "0"
@@ -48,18 +56,18 @@ def is_main_process() -> bool:
 def say(message: str) -> None:
     """One line for people, from the main process only."""
     if is_main_process():
-        console.print(message, markup=False, soft_wrap=True)
+        console.print(visible(message), markup=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """A line that a reader should not miss; quiet mode shows it too."""
     if is_main_process():
-        _alerts.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+        _alerts.print(f"warning: {visible(message)}", style="yellow", markup=False, soft_wrap=True)
 
 
 def alert(message: str, style: str = "") -> None:
     """A last word, from whichever process fails, in every mode. Not wrapped: a broken path cannot be copied."""
-    _alerts.print(message, style=style, markup=False, soft_wrap=True)
+    _alerts.print(visible(message), style=style, markup=False, soft_wrap=True)
 
 
 @contextmanager

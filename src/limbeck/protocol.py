@@ -38,7 +38,10 @@ def claim(study: Study, path: Path, results: Path) -> None:
         "seeds": study.seeds,
         "references": study.references,
         "baseline": study.baseline,
-        "arms": {name: {"role": arm.role, "parent": arm.parent, "seeds": arm.seeds} for name, arm in plan.items()},
+        "arms": {
+            name: {"role": arm.role, "parent": arm.parent, "seeds": arm.seeds} | ({"at_cost_of": arm.at_cost_of} if arm.at_cost_of else {})
+            for name, arm in plan.items()
+        },
         "recipes": {name: {key: value for key, value in arm.recipe.to_json().items() if key != "seed"} for name, arm in plan.items()},
         "index": there.get("index", {}),
         **_protocol(there, declared, any((results / FOLDER).glob("*-seed-*.json"))),
@@ -52,13 +55,21 @@ def declaration(study: Study) -> dict[str, Any]:
     """What is declared before the first run, and its hash. Questions and names are not part of it."""
     plan = study.plan()
     declared: dict[str, Any] = {
-        "primary": study.primary.model_dump(mode="json") if study.primary else None,
-        "compared": [list(pair) for pair in study.compared],
+        "primary": declared_primary(study),
+        "compared": [*map(list, study.compared), *([arm, name] for name, its in plan.items() for arm in its.at_cost_of)],
         "seeds": {name: arm.seeds for name, arm in plan.items()},
         "tune": json.loads(study.tune.model_dump_json()) if study.tune else None,
         "recipes": {name: arm.recipe.to_json() for name, arm in plan.items()},
     }
     return {"sha256": digest(declared), **declared}
+
+
+def declared_primary(study: Study) -> dict[str, Any] | None:
+    """What decides. A key that came later is left out where it is not used, so that older declarations stay as they were."""
+    if study.primary is None:
+        return None
+    tree = study.primary.model_dump(mode="json")
+    return {key: value for key, value in tree.items() if key != "equal_compute" or value}
 
 
 def index(results: Path, found: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Recipe: everything that defines one run, in one YAML file. Torch-free: every error of a recipe comes before a model is loaded.
 
-Sections check themselves; what spans sections (does this teacher give what that objective needs?) is checked here.
+Sections check themselves; what spans them is checked in `consistency.py`.
 """
 
 from __future__ import annotations
@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from limbeck.errors import LimbeckError, RecipeError, without_secrets
+from limbeck.consistency import check_objective, secret_in
+from limbeck.errors import LimbeckError, RecipeError
 from limbeck.evaluate import Benchmark
-from limbeck.objectives import HiddenTerm, Needs, OutputTerm, Term
+from limbeck.objectives import HiddenTerm, Needs, Term
 from limbeck.objectives.base import active, needs_of
 from limbeck.optim import Optimizer
 from limbeck.plugins import Extensible
@@ -59,6 +60,9 @@ class Train(Spec):
     """`fused` computes the head's gradient a chunk at a time; `plain` is the reference by autograd, with all logits in memory."""
     head_memory_mb: int = Field(512, gt=0)
     """Memory for the logits of a chunk, student's and teacher's with their gradients. Fixes the number of chunks for the whole run."""
+    kernels: list[Literal["compile", "liger"]] | None = None
+    """Other ways to compute the same, to rounding. `compile` takes what the terms do with a block of logits through torch.compile; `liger`,
+    for accelerators, puts Liger's Triton kernels in the place of the student's norms, rotary embeddings and gated MLPs."""
     checkpoint_every: int | None = Field(None, gt=0)
     """Steps between checkpoints; none are written where it is not set, and a run that is stopped starts over."""
     keep_checkpoints: int = Field(1, ge=0)
@@ -68,6 +72,21 @@ class Train(Spec):
     next step's data come. At one more, or at the first with 0, the run stops. `limbeck replay` does such a step again."""
     report_to: list[TrackerName] = []
     """Trackers that get each row of metrics.jsonl too; their packages are installed apart."""
+
+    @model_validator(mode="after")
+    def _fused_is_compiled(self) -> Train:
+        if self.uses("compile") and self.head != "fused":
+            raise ValueError(f"kernels: found 'compile' beside head {self.head!r}, expected it beside 'fused'")
+        return self
+
+    def uses(self, kernel: str) -> bool:
+        return kernel in (self.kernels or ())
+
+    def check(self) -> None:
+        """Raise where a package is missing."""
+        require_trackers(self.report_to)
+        if self.uses("liger") and find_spec("liger_kernel") is None:
+            raise RecipeError("train.kernels: 'liger_kernel' is not installed; expected its package: pip install 'limbeck[liger]'")
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
@@ -163,7 +182,7 @@ class Recipe(Extensible):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if where := _secret_in(self.to_json()):
+        if where := secret_in(self.to_json()):
             raise ValueError(
                 f"{where}: found a URL that holds a key or a password, which would be written down; expected it in the environment"
             )
@@ -244,57 +263,6 @@ class Recipe(Extensible):
         return tree
 
 
-def _secret_in(tree: Any, where: str = "") -> str:
-    """The key of the first value that holds a secret; empty where none does."""
-    if isinstance(tree, dict | list):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        return next(filter(None, (_secret_in(value, f"{where}.{key}") for key, value in items)), "")
-    return where.lstrip(".") if isinstance(tree, str) and without_secrets(tree) != tree else ""
-
-
-def check_objective(recipe: Recipe) -> None:
-    """Refuse a teacher that lacks what the terms need, and say what to set instead."""
-    if recipe.objective and not recipe.terms:
-        raise ValueError("objective: every weight is 0; expected at least one term with a positive weight")
-    for index, term in enumerate(recipe.objective):
-        if term.weight != 0 and term in recipe.objective[:index]:
-            first = recipe.objective.index(term)
-            raise ValueError(f"objective.{index}: found the same {term.type!r} term as objective.{first}; give one of them both weights")
-    provided = recipe.teacher.provides()
-    for key, term in recipe.terms.items():
-        asks_output = isinstance(term, OutputTerm) and term.needs(1, 1).output
-        if (asks_output and not provided.output) or (isinstance(term, HiddenTerm) and provided.layers == frozenset()):
-            raise ValueError(
-                f"objective: the {key!r} term needs a teacher's {'output' if asks_output else 'hidden states'}, and teacher type "
-                f"{recipe.teacher.type!r} gives none; set teacher to {{type: model, model: NAME}} or to a capture "
-                "{type: store, path: FOLDER} with it, or remove the term"
-            )
-        offered = provided.support, provided.temperatures, provided.k
-        if isinstance(term, OutputTerm) and provided.output and (problem := term.refuses(*offered)):
-            raise ValueError(f"objective: the {key!r} term: {problem}")
-    check_layers(recipe)
-
-
-def check_layers(recipe: Recipe) -> None:
-    """Layer and width checks from config.json alone, where the configs are at hand; the same are made again on the loaded models."""
-    provided = recipe.teacher.provides()
-    shape = recipe.student.shape() if recipe.student else None
-    if not shape:
-        return
-    for key, term in recipe.terms.items():
-        if not isinstance(term, HiddenTerm) or provided.num_layers is None:
-            continue
-        try:
-            needed = term.needs(shape[0], provided.num_layers).layers
-        except RecipeError as error:
-            raise ValueError(str(error)) from None
-        if provided.layers is not None and (lacking := sorted(needed - provided.layers)):
-            raise ValueError(
-                f"objective: the {key!r} term maps teacher blocks {lacking}, the capture holds {sorted(provided.layers)}; "
-                "capture again with capture.layers, or map those"
-            )
-
-
 def tokenizer_name(recipe: Recipe) -> tuple[str, str | None]:
     """Name and revision of the tokenizer that renders the data: the student's, else the teacher's."""
     if recipe.student is not None:
@@ -306,7 +274,12 @@ def tokenizer_name(recipe: Recipe) -> tuple[str, str | None]:
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe in a YAML file, with `key.path=value` overrides."""
-    return validate(Recipe, load_yaml(path, overrides), str(path))
+    tree = load_yaml(path, overrides)
+    if "arms" in tree:
+        raise RecipeError(
+            f"{path}: found a study, expected a recipe; `limbeck study {path}` trains its arms, with --dry-run it says what they take"
+        )
+    return validate(Recipe, tree, str(path))
 
 
 def parse_recipe(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:
@@ -331,7 +304,7 @@ def check_files(recipe: Recipe) -> list[str]:
     problems = []
     checks: list[Callable[[], object]] = [recipe.student.check] if recipe.student else []
     if recipe.train:
-        checks.append(partial(require_trackers, recipe.train.report_to))
+        checks.append(recipe.train.check)
     for check in (*checks, recipe.teacher.check, recipe.source.check, *(benchmark.check for benchmark in recipe.evaluate)):
         try:
             check()

@@ -143,7 +143,19 @@ def _brief(value: Any) -> str:
 
 def environment() -> dict[str, Any]:
     """Versions and the machine's shape; no host name, user name or environment variable."""
-    packages = ("limbeck", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "numpy", "pydantic", "peft", "bitsandbytes")
+    packages = (
+        "limbeck",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "pyarrow",
+        "numpy",
+        "pydantic",
+        "peft",
+        "bitsandbytes",
+        "liger-kernel",
+    )
     versions = {}
     for package in packages:
         with suppress(metadata.PackageNotFoundError):

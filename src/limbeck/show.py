@@ -13,7 +13,7 @@ import numpy as np
 
 from limbeck.errors import RecipeError
 from limbeck.evaluate.heldout import HeldOut
-from limbeck.log import console
+from limbeck.log import console, visible
 from limbeck.recipe import Recipe, tokenizer_name
 from limbeck.recipe import parse_recipe as parse
 from limbeck.sources.dataset import DatasetSource, OpenDataset
@@ -25,9 +25,6 @@ QUANTILES = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "9
 MAX_STEPS = 200
 """Steps of which the share of padding is measured."""
 OPENING, CLOSING = "⟦", "⟧"
-_UNPRINTABLE = [*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-_VISIBLE = {code: f"\\u{code:04x}" for code in _UNPRINTABLE if chr(code) not in "\n\t"}
-"""Control characters and changes of the writing direction: text of a data set must not steer the terminal."""
 
 
 def show_data(path: str | Path, overrides: Iterable[str] = (), rows: int = 3, quiet: bool = False) -> dict[str, Any]:
@@ -68,7 +65,7 @@ def _show(recipe: Recipe, rows: int, quiet: bool) -> dict[str, Any]:
 
 def _print(line: str) -> None:
     """Not wrapped: columns stay columns, and a pager may scroll."""
-    console.print(line.translate(_VISIBLE), markup=False, soft_wrap=True)
+    console.print(visible(line), markup=False, soft_wrap=True)
 
 
 def numbers(recipe: Recipe, source: OpenDataset, tokenizer: Any) -> dict[str, Any]:
@@ -168,6 +165,6 @@ def segments(sample: Sample, tokenizer: Any) -> list[tuple[bool, str]]:
         end += len(list(run))
         text = tokenizer.decode(sample.ids[:end].tolist(), clean_up_tokenization_spaces=False)
         text = text if end == len(sample.ids) else text.rstrip("\ufffd")
-        runs.append((is_scored, text[length:].translate(_VISIBLE)))
+        runs.append((is_scored, visible(text[length:])))
         length = len(text)
     return runs

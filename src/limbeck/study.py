@@ -10,12 +10,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from limbeck.arms import AGAIN, OTHER_SEEDS, PLANTED, Arm, at_equal_compute
 from limbeck.errors import RecipeError, nearest
 from limbeck.evaluate import Benchmark
 from limbeck.evaluate.agreement import Agreement
@@ -34,10 +34,6 @@ _OF_THE_STUDY = {
     "evaluate": "all arms are measured alike: set base.evaluate",
     "capture": "the teacher is captured once for all arms: set the study's `capture`",
 }
-AGAIN, PLANTED = "-again", "-planted"
-"""Behind the baseline's name: its controls."""
-OTHER_SEEDS = 10_000
-"""How far the A/A control's seeds are from the study's."""
 TEXT = (Agreement, BitsPerByte)
 """Benchmarks that measure what an arm may have been trained for. They can't decide a study."""
 
@@ -72,6 +68,9 @@ class Primary(Spec):
     """The arm that others are compared with; the first of cross-entropy alone where it is empty."""
     compare: list[tuple[str, str]] = []
     """Pairs of arms that are judged, as [arm, with]. Every arm with the baseline where it is empty. Fewer pairs leave each more power."""
+    equal_compute: bool = False
+    """Also train the baseline with as many floating-point operations as each arm that is compared with it takes, its teacher and parent
+    included, and compare with that: in arms named by their length, as `sft-36-steps`."""
     planted: dict[str, Any] = {}
     """The known handicap, as changes of the baseline; a quarter of its steps where it is empty."""
 
@@ -97,18 +96,6 @@ class Tuning(Spec):
             if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
                 raise ValueError(f"found {rates}, expected rates above 0, none twice")
         return value
-
-
-@dataclass(frozen=True)
-class Arm:
-    """An arm as it is run. `recipe` has the seed of the first run, and where `parent` is set, the parent's student in place of what comes
-    of its training. `role` says what a control is for."""
-
-    name: str
-    recipe: Recipe
-    seeds: list[int]
-    parent: str | None = None
-    role: Literal["arm", "again", "planted"] = "arm"
 
 
 class Study(Extensible):
@@ -245,6 +232,7 @@ class Study(Extensible):
         }
         if self.primary:
             self._check_primary(arms, where)
+            arms |= self._as_costly(arms, trees[self.baseline], where)
             arms |= self._controls(arms[self.baseline], trees[self.baseline], where)
         if self.tune:
             self._check_tuning(arms[self.baseline].recipe, where)
@@ -269,6 +257,19 @@ class Study(Extensible):
                 f"{where}: capture is set, and base.teacher is {found!r}; expected {{type: model, model: NAME}}, or no capture"
             )
         return recipe
+
+    def _as_costly(self, arms: Mapping[str, Arm], tree: dict[str, Any], where: str) -> dict[str, Arm]:
+        """The baseline at the cost of arms that are compared with it; one of equal length serves several."""
+        found: dict[str, Arm] = {}
+        if self.primary is None or not self.primary.equal_compute:
+            return found
+        against = [arm for arm, other in self.compared if other == self.baseline]
+        for name, (length, its) in at_equal_compute(arms, self.baseline, against, where).items():
+            if name in self.arms:
+                raise RecipeError(f"{where}: found arm {name!r}, which primary.equal_compute adds; give the arm another name")
+            recipe, seeds = self._recipe(name, merge(tree, {"train": length}), where), max((arms[arm].seeds for arm in its), key=len)
+            found[name] = Arm(name, recipe, seeds, arms[self.baseline].parent, at_cost_of=its)
+        return found
 
     def _controls(self, baseline: Arm, tree: dict[str, Any], where: str) -> dict[str, Arm]:
         assert self.primary is not None

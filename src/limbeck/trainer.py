@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from limbeck import adapters, bookkeeping, checkpoint, distributed, not_finite, optim, stopping, trackers
+from limbeck import adapters, bookkeeping, checkpoint, distributed, kernels, not_finite, optim, stopping, trackers
 from limbeck.batch import Batch, Signal
 from limbeck.distributed import World
 from limbeck.errors import ModelError, RunError
@@ -39,13 +39,15 @@ from limbeck.tokens.pack import most_scored
 def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overrides: Iterable[str] = ()) -> Run:
     """Train the recipe's student in the run directory `path`: fresh, resumed from its checkpoint, or returned as it is if finished."""
     recipe = parse_recipe(recipe, overrides)
-    student_spec, _ = recipe.for_training()
+    student_spec, spec = recipe.for_training()
     require_files(recipe)
     run = Run(Path(path))
     with distributed.world() as world:
         if world.is_main:
             bookkeeping.refuse_others(run, recipe)
         distributed.barrier(world)
+        if spec.uses("liger"):
+            kernels.refuse_cpu(world.device)
         if run.is_finished:
             say(f"{path}: already finished with this recipe")
             return run
@@ -58,11 +60,13 @@ def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overri
 
 def _trained(run: Run, recipe: Recipe, tokenizer: Any, world: World) -> Any:
     """Train, and publish the student."""
-    student_spec, _ = recipe.for_training()
+    student_spec, spec = recipe.for_training()
     source = recipe.source.open(tokenizer, recipe.seed)
     for benchmark in recipe.evaluate:
         benchmark.samples(tokenizer)  # what cannot be graded shows before hours of training, not after
     student = build_student(student_spec, world.device, recipe.seed)
+    if spec.uses("liger"):
+        kernels.use_liger(student)
     known = run.read_json("data.json", {}).get("layer_maps", {})
     learner, scorer, layer_maps = assemble(recipe, student, tokenizer, source, world, known)
     num_steps = steps_of(recipe, source)
@@ -133,6 +137,7 @@ def assemble(
         chunks=num_chunks(most_scored(source.samples, spec.micro_batch_size, spec.pack_length), num_tokens, spec.head_memory_mb),
         fused=spec.head == "fused",
         seed=recipe.seed,
+        is_compiled=spec.uses("compile"),
     ).to(world.device)
     if spec.gradient_checkpointing:
         recompute_activations(student)

@@ -1,4 +1,4 @@
-"""Where TRL and Liger mean the definition they give its number; where docs/losses.md says that they do not, they do not."""
+"""Where TRL, Liger and torchtune mean the definition they give its number; where docs/losses.md says that they do not, they do not."""
 
 from __future__ import annotations
 
@@ -44,3 +44,16 @@ def test_their_sweep_of_beta_jumps_and_their_temperature_has_no_factor(peer: Any
     assert peer(1e-3) < 0.1 * peer(0.0)
     torch.testing.assert_close(ours(type="jsd", beta=1e-3, normalize=True), ours(type="forward_kl"), rtol=0.05, atol=0)
     torch.testing.assert_close(4 * peer(0.5, 2.0), ours(2.0, type="jsd"), rtol=1e-4, atol=1e-5)
+
+
+def test_torchtunes_forward_kl_lacks_the_teachers_entropy_and_has_the_gradient() -> None:
+    kd = pytest.importorskip("torchtune.modules.loss.kd_losses", exc_type=ImportError)
+    student, labels = Z.clone().requires_grad_(), torch.zeros(N, dtype=torch.long)
+    theirs = kd.ForwardKLLoss()(student, U, labels, normalize=False)
+    log_p = torch.log_softmax(U, -1)
+    entropy = -(log_p.exp() * log_p).sum()
+    torch.testing.assert_close(theirs - entropy, ours(type="forward_kl"), rtol=1e-4, atol=1e-5)
+    assert entropy > 1
+    (grad,) = torch.autograd.grad(theirs, student)
+    torch.testing.assert_close(grad, torch.softmax(Z, -1) - log_p.exp(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kd.ForwardKLLoss()(student, U, labels) * N, theirs, rtol=1e-5, atol=1e-5)

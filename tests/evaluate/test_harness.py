@@ -33,6 +33,15 @@ def test_items():
     assert metrics["acc"].chance == 0.5 and metrics["acc"].ceiling == 1.0 and metrics["acc"].higher_is_better
 
 
+def test_mutual_information_asks_for_each_answer_twice():
+    (item,) = _items(
+        "t", [sample(acc=1.0, acc_mutual_info=0.0) | {"arguments": [["q"], ["q"], [""], [""]]}], {}, {"output_type": "multiple_choice"}
+    )
+    assert item.detail["num_choices"] == 2
+    metrics = Harness(task="t").metrics([item])
+    assert metrics["acc"].chance == metrics["acc_mutual_info"].chance == 0.5 and metrics["acc_mutual_info"].ceiling == 1.0
+
+
 def test_two_ways_of_reading_an_answer_are_one_item():
     samples = [sample(name="strict", exact_match=0.0), sample(name="flexible", exact_match=1.0), sample(1, "strict", exact_match=1.0)]
     items = _items("t", samples, {"exact_match": True}, {"output_type": "generate_until"})
@@ -67,6 +76,7 @@ def test_tasks_are_told_apart_and_paths_begin_at_home(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     assert Harness(task="bbh").key == "bbh" and Harness(task="bbh", name="mine").key == "mine"
     assert Harness(task="x", include_path="~/tasks").include_path == "/somewhere/tasks"
+    assert Harness(task="a/b c").key == "a-b-c", "its result is a file"
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
@@ -94,6 +104,25 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 @needs_harness
+def test_a_group_goes_on_behind_the_tasks_that_are_asked(tasks, tokenizer, monkeypatch):
+    """A task at a time, and what an interrupted run has graded is not asked again."""
+    yaml = (tasks / "capitals.yaml").read_text()
+    for name in ("first", "second", "third"):
+        (tasks / f"{name}.yaml").write_text(yaml.replace("task: capitals", f"task: {name}"))
+    (tasks / "cities.yaml").write_text("group: cities\ntask: [first, {task: second, num_fewshot: 0}, third]\n")
+    benchmark = Harness(task="cities", include_path=str(tasks))
+    benchmark.check()
+    asked = []
+    ask = Harness._ask
+    monkeypatch.setattr(Harness, "_ask", lambda self, model, task, *rest: (asked.append(task.task_name), ask(self, model, task, *rest))[1])
+    whole = list(benchmark.run(Subject(tiny_model(), tokenizer)))
+    assert asked == ["first", "second", "third"] and len(whole) == 6
+    done = {item.id: item for item in whole[:3]}
+    rest = list(benchmark.run(Subject(tiny_model(), tokenizer, done=done)))
+    assert asked[3:] == ["second", "third"] and rest == whole[2:]
+
+
+@needs_harness
 def test_a_task_of_ones_own(tasks, tokenizer):
     benchmark = Harness(task="capitals", include_path=str(tasks), name="capitals")
     benchmark.check()
@@ -114,3 +143,24 @@ def test_what_is_not_there_is_refused_before_a_model_is_loaded(tasks):
         Harness(task="capitls", include_path=str(tasks)).check()
     with pytest.raises(RecipeError, match="include_path: found no folder"):
         Harness(task="capitals", include_path=str(tasks / "none")).check()
+    with pytest.raises(RecipeError, match="'humaneval': 'humaneval' would run code that a model wrote, which Limbeck never does"):
+        Harness(task="humaneval").check()
+    with pytest.raises(RecipeError, match=r"'mmlu_[a-z_]+' needs the data set '[a-z]+/mmlu[^']*' of the hub, which is not in its cache"):
+        Harness(task="mmlu").check()
+    (tasks / "rows.jsonl").unlink()
+    with pytest.raises(RecipeError, match=r"'capitals': found no file '.*rows\.jsonl'; paths in a task are seen from the current folder"):
+        Harness(task="capitals", include_path=str(tasks)).check()
+
+
+@needs_harness
+def test_cases_are_known_by_files_of_tasks_and_of_data(tasks, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "rows.jsonl"
+    elsewhere.write_text((tasks / "rows.jsonl").read_text())
+    (tasks / "capitals.yaml").write_text((tasks / "capitals.yaml").read_text().replace(f"{tasks}/rows.jsonl", str(elsewhere)))
+    benchmark = Harness(task="capitals", include_path=str(tasks))
+    before = benchmark.fingerprint()
+    (tasks / "__pycache__").mkdir()
+    (tasks / "__pycache__" / "utils.pyc").write_bytes(b"made by running")
+    assert benchmark.fingerprint() == before
+    elsewhere.write_text(elsewhere.read_text().replace("France", "Spain"))
+    assert benchmark.fingerprint() != before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -45,12 +47,20 @@ def test_bytes_are_as_wanted_and_more_of_them_are_nearer():
 @pytest.mark.parametrize("length", [5, 60])
 def test_bytes_of_other_documents_are_as_wanted_whatever_their_length(length):
     """A blob's fixed bytes count, and tables and price do not know the calibration documents by heart."""
-    codec = Quantized(bytes_per_token=6)
-    spread = torch.randperm(900, generator=torch.Generator().manual_seed(2))
-    model = codec.calibrate(HEAD, outputs(900, seed=8)[spread].split(length))
-    rows = outputs(900, seed=5)[spread]
-    blobs = codec.encode(HEAD, model, rows, [length] * (900 // length))
-    assert sum(map(len, blobs)) / 900 == pytest.approx(6, rel=0.05)
+    codec, spread = Quantized(bytes_per_token=6), torch.randperm(900, generator=torch.Generator().manual_seed(2))
+    fitted, others, new = (outputs(900, seed=seed)[spread] for seed in (8, 11, 5))
+    model = codec.calibrate(HEAD, fitted.split(length), others.split(length))
+    sizes = [sum(map(len, codec.encode(HEAD, model, rows, [length] * (900 // length)))) / 900 for rows in (others, new)]
+    assert 0.99 * 6 <= sizes[0] <= 6, "the documents that set the price"
+    assert sizes[1] == pytest.approx(6, rel=0.03)
+
+
+def test_few_documents_to_fit_on_are_no_more_bytes():
+    """Tables of a sample that is too small fit others badly: that costs fidelity, and no bytes."""
+    codec, few = Quantized(bytes_per_token=6), outputs(900, seed=8)[torch.arange(0, 900, 45)]
+    model = codec.calibrate(HEAD, [few], outputs(900, seed=11).split(60))
+    blobs = codec.encode(HEAD, model, outputs(900, seed=5), [60] * 15)
+    assert sum(map(len, blobs)) / 900 == pytest.approx(6, rel=0.03)
 
 
 @pytest.mark.parametrize("head", [HEAD, Head(HEAD.weight, scale=0.5, soft_cap=3.0), Head(HEAD.weight[:, :E], torch.linspace(-3, 3, V))])
@@ -108,3 +118,12 @@ def test_a_capture_in_fewer_bytes_serves_any_temperature(base, captured, data, t
     ours, exact = (StoreTeacher(path=str(each)).open(tokenizer, Needs(output=True)).score(batch) for each in (path, captured))
     p, q = (torch.log_softmax(each.teacher_head(each.output).float() / 2, -1) for each in (exact, ours))
     assert 0 < (p.exp() * (p - q)).sum(-1).mean() < 0.05
+
+
+def test_few_calibration_tokens_are_said(base, tmp_path, capfd):
+    run(base, tmp_path / "store", "capture.codec={type: quantized, bytes_per_token: 20}")
+    said = " ".join(capfd.readouterr().err.split())
+    assert re.search(r"\d+ calibration tokens are few for the \d+ channels .*Raise capture\.calibrate_on, or set codec 'topk'", said), said
+    assert Quantized().doubt([outputs(25, seed=1), outputs(15, seed=2)]) is None, "four per channel"
+    run(base, tmp_path / "other", "capture.codec.type=topk")
+    assert "few for" not in capfd.readouterr().err

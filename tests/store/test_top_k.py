@@ -16,6 +16,7 @@ from limbeck.spec import validate
 from limbeck.store import entropy
 from limbeck.store.codec import Codec
 from limbeck.store.manifest import read_manifest
+from limbeck.store.sampled import SampledCodec
 from limbeck.store.top_k import LOWEST, Nucleus, TopKCodec
 from limbeck.teachers import StoreTeacher
 from limbeck.tokens.pad import pad
@@ -131,3 +132,20 @@ def test_a_temperature_that_was_not_kept_is_refused_with_the_recipe(base, tmp_pa
     parse_recipe(recipe | {"objective": [{"type": "logits", "temperature": 2.0}]})
     with pytest.raises(RecipeError, match=r"'logits' term: found temperature 3, .*: 1 or 2; .*with 3 in capture\.codec\.temperatures"):
         parse_recipe(recipe | {"objective": [{"type": "logits", "temperature": 3.0}]})
+
+
+@pytest.mark.parametrize("codec", [TopKCodec(k=5), Nucleus(k=5), SampledCodec(draws=9, k=2)])
+def test_short_samples_share_the_work_of_the_head(codec):
+    """Ten samples of 9 rows are one block of logits, and not ten that are filled up."""
+    calls = []
+
+    class Counted(Head):
+        def __call__(self, rows, out=None):
+            calls.append(len(rows))
+            return super().__call__(rows, out)
+
+    head, rows = Counted(HEAD.weight, HEAD.bias), outputs(90, seed=2)
+    model = codec.calibrate(HEAD, [rows, rows[:0]])
+    blobs = codec.encode(head, model, rows, [9] * 10)
+    assert calls == [128]
+    assert blobs == [codec.encode(head, model, part, [9])[0] for part in rows.split(9)]

@@ -142,6 +142,18 @@ def test_a_server_that_is_gone_is_waited_for_as_long_as_it_says(spec, server, to
         scorer.score(pad(samples, 0))
 
 
+def test_what_was_asked_ahead_ends_with_its_scorer(spec, server, tokenizer, samples):
+    scorer = opened(spec, tokenizer, patience_seconds=60)
+    server.faults.append(503)
+    server.is_ill = True
+    scorer.expect([pad(samples, 0)])
+    threads = list(scorer._pool._threads)
+    del scorer
+    for thread in threads:
+        thread.join(10)
+    assert threads and not any(thread.is_alive() for thread in threads), "an interrupted run would wait for the server's patience"
+
+
 def test_a_server_without_log_probabilities_is_told_from_one_with_wrong_ones(spec, server, tokenizer, samples):
     server.faults, server.is_ill = type(server.faults)(["no log-probabilities"]), True
     with pytest.raises(RunError, match="expected a server that knows them, such as vLLM"):

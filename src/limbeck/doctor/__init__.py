@@ -12,7 +12,9 @@ from limbeck.doctor.finding import Finding, is_go, show
 from limbeck.errors import LimbeckError, RecipeError
 from limbeck.recipe import Recipe
 from limbeck.sources.dataset import DatasetSource
+from limbeck.student import Student
 from limbeck.teachers.model import ModelTeacher
+from limbeck.tokens.sample import Conversation
 
 __all__ = ["Finding", "examine", "is_go", "show"]
 
@@ -39,42 +41,66 @@ def _lacks(recipe: Recipe) -> str:
 
 
 def _findings(recipe: Recipe, headroom: bool) -> Iterator[Finding]:
-    from limbeck.doctor import data, pair
-    from limbeck.doctor.headroom import headroom as measure
-    from limbeck.models import load_tokenizer
+    from limbeck.doctor import data
 
-    student, teacher = recipe.student, recipe.teacher
+    student = recipe.student
     if student is None or not isinstance(recipe.source, DatasetSource):
         yield Finding("pair", "unknown", "compared where there are a student and a source of type 'dataset'")
         return
-    try:
-        ours = load_tokenizer(student.model, student.revision)
-        theirs = load_tokenizer(teacher.model, teacher.revision) if isinstance(teacher, ModelTeacher) else None
-    except LimbeckError as error:
-        yield Finding("tokenizers", "unknown", str(error))
-        return
     conversations = [row for chosen in recipe.source.chosen() for row in chosen.conversations]
-    yield pair.padding(student.model, student.revision, ours, "student")
-    if theirs is not None and isinstance(teacher, ModelTeacher):
-        yield pair.padding(teacher.model, teacher.revision, theirs, "teacher")
-        yield from pair.compare(ours, theirs, list(islice(conversations, COMPARED)))
-    elif teacher.type == "store":
-        yield _captured(recipe, ours)
-    try:
-        source = recipe.source.open(ours, recipe.seed)
-    except LimbeckError as error:
-        yield Finding("data", "stop", str(error))
-        return
-    yield data.scored(source)
-    yield data.truncation(source)
-    yield data.repeats(source)
-    yield data.endings(source.samples, ours, student.model, student.revision)
-    yield from data.leaks(recipe.evaluate, conversations)
-    if headroom:
+    ours, theirs = _tokenizer((student.model, student.revision)), _tokenizer(recipe.teacher.speaks)
+    absent = [tokenizer for tokenizer in (ours, theirs) if isinstance(tokenizer, Finding)]
+    yield from absent[:1]
+    if not isinstance(ours, Finding):
+        yield from _pair(recipe, student, ours, theirs, conversations)
         try:
-            yield measure(recipe, student, ours)
+            source = recipe.source.open(ours, recipe.seed)
         except LimbeckError as error:
-            yield Finding("headroom", "stop", str(error))
+            yield Finding("data", "stop", str(error))
+            return
+        yield data.scored(source)
+        yield data.truncation(source)
+        yield data.repeats(source)
+        yield data.endings(source.samples, ours, student.model, student.revision)
+    yield from data.leaks(recipe.evaluate, conversations)
+    if headroom and absent:
+        yield Finding("headroom", "unknown", "not measured: it needs both models here")
+    elif headroom:
+        yield _headroom(recipe, student, ours)
+
+
+def _tokenizer(named: tuple[str, str | None] | None) -> Any:
+    """A tokenizer, None for a teacher without one, or the finding that it is not here."""
+    from limbeck.models import load_tokenizer
+
+    try:
+        return load_tokenizer(*named) if named else None
+    except LimbeckError as error:
+        return Finding("tokenizers", "unknown", str(error))
+
+
+def _pair(recipe: Recipe, student: Student, ours: Any, theirs: Any, conversations: list[Conversation]) -> Iterator[Finding]:
+    """What can be said of the student's tokenizer alone, and beside the teacher's."""
+    from limbeck.doctor import pair
+
+    teacher = recipe.teacher
+    yield pair.padding(student.model, student.revision, ours, "student")
+    if teacher.type == "store":
+        yield _captured(recipe, ours)
+    if theirs is None or isinstance(theirs, Finding):
+        return
+    if isinstance(teacher, ModelTeacher):
+        yield pair.padding(teacher.model, teacher.revision, theirs, "teacher")
+    yield from pair.compare(ours, theirs, list(islice(conversations, COMPARED)))
+
+
+def _headroom(recipe: Recipe, student: Student, tokenizer: Any) -> Finding:
+    from limbeck.doctor.headroom import headroom
+
+    try:
+        return headroom(recipe, student, tokenizer)
+    except LimbeckError as error:
+        return Finding("headroom", "stop", str(error))
 
 
 def _captured(recipe: Recipe, tokenizer: Any) -> Finding:

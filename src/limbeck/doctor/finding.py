@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from limbeck.log import console
+from limbeck.log import console, visible
 
 Level = Literal["ok", "warning", "unknown", "stop"]
 """`stop` is no-go: it cannot work, or its result would say nothing. `unknown` could not be looked at, and stops nothing."""
@@ -38,5 +38,5 @@ def show(findings: Iterable[Finding]) -> None:
 
     table = Table("check", "", "found", box=None, padding=(0, 2, 0, 0))
     for finding in findings:
-        table.add_row(finding.check, Text(finding.level, style=_COLOURS[finding.level]), Text(finding.message))
+        table.add_row(Text(visible(finding.check)), Text(finding.level, style=_COLOURS[finding.level]), Text(visible(finding.message)))
     console.print(table)

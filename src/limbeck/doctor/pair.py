@@ -92,6 +92,10 @@ def text_starts(student: Any, teacher: Any, conversations: Sequence[Conversation
 def templates(student: Any, teacher: Any, chats: Sequence[Conversation]) -> Finding:
     """The same conversations through both chat templates."""
     check = "chat templates"
+    if not student.chat_template:
+        return Finding(
+            check, "stop", "the student has none, which `messages` need; expected an instruct model, or `prompt` and `completion`"
+        )
     if not teacher.chat_template:
         return Finding(check, "warning", "the teacher has none (a base model): it scores a format that it was not trained on")
     different: list[tuple[Conversation, str, str]] = []

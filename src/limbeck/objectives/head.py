@@ -9,7 +9,7 @@ the reference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ ALIGNED = 16
 """Rows of a chunk are a multiple of it where they are more: matmuls compute tiles of rows, and a part of one costs as much as a whole."""
 BLOCK_NUMBERS = {"cpu": 2**20}
 """Logits of a block, by device: 4 MB a tensor, which stays in a CPU's cache; softmaxes of a whole chunk take two to five times as long."""
+FEWEST_COMPILED = 2
+"""Rows of a block that is compiled: for 0 and 1, dynamic shapes would be compiled apart."""
 BLOCK_NUMBERS_ELSEWHERE = 2**25
 """Enough to fill an accelerator, and 128 MB a tensor."""
 
@@ -75,6 +77,10 @@ class Head:
         return Head(self.weight[:num_tokens], None if self.bias is None else self.bias[:num_tokens], self.scale, self.soft_cap)
 
 
+Compiled = Callable[[Head, Tensor, Tensor | None, TopK | Draws | None, Tensor, Mapping[str, float]], Tensor]
+"""What does the same as `_block`: (head, logits, a dense teacher's logits, its sparse signal, targets, scales) to the sums."""
+
+
 def num_chunks(max_rows: int, vocabulary: int, memory_mb: int) -> int:
     """Chunks for which a microbatch of `max_rows` scored tokens stays within `memory_mb`. Depends on the recipe only: every rank
     calls the head equally often, also with an empty microbatch."""
@@ -90,9 +96,10 @@ def fused(
     terms: OutputTerms,
     scales: Mapping[str, float],
     chunks: int,
+    compiled: Compiled | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """The scaled sum of all output terms, which carries the gradient, and the detached unscaled sum of each (and what `_sum_keys` adds)."""
-    loss, stacked = _FusedHead.apply(hidden, head.weight, head.bias, head, targets, signal, terms, scales, chunks)
+    loss, stacked = _FusedHead.apply(hidden, head.weight, head.bias, head, targets, signal, terms, scales, chunks, compiled)
     return loss, dict(zip(_sum_keys(terms, signal), stacked.unbind(), strict=True))
 
 
@@ -165,6 +172,7 @@ class _FusedHead(torch.autograd.Function):
         terms: OutputTerms,
         scales: Mapping[str, float],
         chunks: int,
+        compiled: Compiled | None,
     ) -> tuple[Tensor, Tensor]:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wants_any = wants_hidden or wants_weight or wants_bias
@@ -181,7 +189,7 @@ class _FusedHead(torch.autograd.Function):
             buffers = _buffers(min(size, hidden.shape[0]), weight.shape[0], hidden, signal)
             for start in range(0, hidden.shape[0], max(size, 1)):
                 chunk = slice(start, min(start + size, hidden.shape[0]))
-                grad, chunk_sums = _chunk(head, hidden[chunk], targets[chunk], signal, chunk, terms, scales, wants_any, buffers)
+                grad, chunk_sums = _chunk(head, hidden[chunk], targets[chunk], signal, chunk, terms, scales, wants_any, buffers, compiled)
                 sums += chunk_sums
                 if grad is None:
                     continue
@@ -212,7 +220,7 @@ class _FusedHead(torch.autograd.Function):
             for grad in ready:
                 if grad is not None:
                     grad.mul_(factor.to(grad.dtype))  # in place: a copy would double the largest gradient of the step
-        return (*ready, None, None, None, None, None, None)
+        return (*ready, None, None, None, None, None, None, None)
 
 
 def _add_matmul(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -232,6 +240,7 @@ def _chunk(
     scales: Mapping[str, float],
     wants_grad: bool,
     buffers: Sequence[Tensor],
+    compiled: Compiled | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Gradient of the scaled loss w.r.t. the head's linear output (None where not wanted), and the sums of `_sum_keys`."""
     logits = head(rows, buffers[0][: len(rows)])
@@ -242,6 +251,10 @@ def _chunk(
     for start in range(0, len(rows), size):
         block = slice(start, min(start + size, len(rows)))
         absolute = slice(chunk.start + block.start, chunk.start + block.stop)
+        if compiled is not None and wants_grad and block.stop - start >= FEWEST_COMPILED:
+            sparse = None if signal.sparse is None else signal.sparse[absolute]
+            sums += compiled(head, logits[block], None if taught is None else taught[block], sparse, targets[block], scales)
+            continue
         ours, *theirs = (part[: block.stop - start] for part in memory)
         teacher = target_of(signal, absolute) if taught is None else target_of(signal, absolute, taught[block], *theirs)
         sums += _block(head, logits[block], ours, teacher, targets[block], signal, terms, scales, wants_grad)

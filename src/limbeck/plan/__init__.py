@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 MB, GB = 2**20, 1e9
 CONTEXT = 600 * MB
 """What a CUDA context and its libraries hold beside the tensors."""
+CONTAINER = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where Linux says what a container may hold, in both of its forms."""
 
 
 def plan(
@@ -51,16 +54,17 @@ def plan(
     source, num_tokens = _opened(parsed)
     todo = work(parsed, source, num_tokens, processes)
     memory = simulate(parsed, todo.shapes)
+    held = CONTEXT if there else _process()  # once: it is compared with itself
 
     def parts_of(memory: Memory) -> dict[str, int]:
-        return {**each_holds(memory, processes, strategy), "process": CONTEXT if there else _process()}
+        return {**each_holds(memory, processes, strategy), "process": held}
 
     def peak_of(changed: Recipe) -> float:
         other = work(changed, source, num_tokens, processes)
         return float(sum(parts_of(simulate(changed, other.shapes)).values()))
 
     parts = parts_of(memory)
-    peak, limit = sum(parts.values()), memory_gb * GB if memory_gb else there.memory_gb * GB if there else _machine()
+    peak, limit = sum(parts.values()), memory_gb * GB if memory_gb else there.memory_gb * GB if there else _machine(processes)
     found: dict[str, Any] = {
         "memory": parts,
         "peak": peak,
@@ -69,13 +73,13 @@ def plan(
         "processes": processes,
         "strategy": strategy if processes > 1 else None,
         "device": device,
-        "disk": disk(parsed, source),
+        "disk": disk(parsed, source, memory.sizes),
         "num_steps": todo.num_steps,
         "tokens": todo.tokens,
         "positions": todo.positions,
         "largest_microbatch": asdict(todo.shapes),
-        "flops": todo.flops,
-        "teacher_flops": todo.teacher_flops,
+        "flops": todo.positions * memory.sizes.flops_per_position,
+        "teacher_flops": todo.positions * 2.0 * memory.sizes.taught,
         **_time(parsed, todo, memory, measure, there, processes, strategy),
     }
     if peak > limit:
@@ -113,12 +117,11 @@ def _time(
         told = measured(recipe, measure)
         seconds = todo.positions * told.seconds_per_position
         return {"seconds": seconds, "basis": f"{told.num_steps} steps measured here", "measured_peak": round(told.peak)}
-    if todo.flops is None:
-        return {"seconds": None, "basis": "nothing: the models' sizes are not known before their weights are here"}
+    flops = todo.positions * memory.sizes.flops_per_position
     if there is None:
-        seconds = todo.flops / (flops_per_second() * EFFICIENCY) / processes
+        seconds = flops / (flops_per_second() * EFFICIENCY) / processes
         return {"seconds": seconds, "basis": f"a matrix product timed here, of whose speed a step is assumed to reach {EFFICIENCY:.0%}"}
-    seconds = todo.flops / there.flops_per_second(spec.precision) / processes
+    seconds = flops / there.flops_per_second(spec.precision) / processes
     sent = wire_bytes(memory, processes, strategy, todo.shapes.microbatches) * todo.num_steps if processes > 1 else 0.0
     basis = f"{getattr(there, spec.precision):g} teraFLOP/s ({there.source}), assumed utilisation {there.utilisation:.0%}"
     return {"seconds": seconds + sent / (there.wire_gb_per_s * GB), "basis": basis, "wire_bytes": round(sent)}
@@ -132,13 +135,17 @@ def _process() -> int:
     return 0
 
 
-def _machine() -> float:
-    """Memory of the accelerator here, or else of this machine."""
+def _machine(processes: int) -> float:
+    """Memory of the accelerator here, or else a process's part of this machine's, of which a container may have less."""
     import torch
 
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in CONTAINER:
+        with suppress(OSError, ValueError):  # "max" is no limit
+            limits.append(int(file.read_text()))
+    return min(limits) / processes
 
 
 def show(found: dict[str, Any]) -> None:
@@ -147,21 +154,32 @@ def show(found: dict[str, Any]) -> None:
 
     table = Table("at the peak, per process", "MB", box=None, padding=(0, 2, 0, 0))
     for name, size in found["memory"].items():
-        table.add_row(name.replace("_", " "), f"{size / MB:,.0f}")
-    table.add_row("peak", f"{found['peak'] / MB:,.0f}", style="bold")
+        table.add_row(name.replace("_", " "), _megabytes(size))
+    table.add_row("peak", _megabytes(found["peak"]), style="bold")
     if "measured_peak" in found:
-        table.add_row("measured", f"{found['measured_peak'] / MB:,.0f}")
+        table.add_row("measured", _megabytes(found["measured_peak"]))
     console.print(table)
-    kept = ", ".join(f"{name} {'not known' if size is None else f'{size / MB:,.0f} MB'}" for name, size in found["disk"].items())
+    kept = ", ".join(f"{name} {'not known' if size is None else f'{_megabytes(size)} MB'}" for name, size in found["disk"].items())
     say(f"disk: {kept}")
-    flops = "not known" if found["flops"] is None else f"{found['flops']:.2e} FLOP, {found['teacher_flops']:.2e} of them the teacher's"
+    flops = f"{found['flops']:.2e} FLOP, {found['teacher_flops']:.2e} of them the teacher's"
     say(f"work: {found['num_steps']:,} steps, {found['tokens']:,} tokens ({found['positions']:,} positions with padding), {flops}")
-    took = "not known" if found["seconds"] is None else f"{found['seconds'] / 60:,.1f} minutes of training"
     several = f" by {found['processes']} processes ({found['strategy']})" if found["processes"] > 1 else ""
-    say(f"time: {took}{several}, from {found['basis']}")
-    within = f"{found['limit'] / MB:,.0f} MB"
+    say(f"time: {_duration(found['seconds'])} of training{several}, from {found['basis']}")
+    within = f"{_megabytes(found['limit'])} MB"
     say(f"fits in {within}" if found["fits"] else f"does not fit in {within}")
     if fit := found.get("to_fit"):
         wanted = " ".join(override for change in fit["changes"] for override in change["overrides"]) or "nothing"
         costs = "; ".join(dict.fromkeys(change["cost"] for change in fit["changes"]))
-        say(f"{'cheapest change' if fit['fits'] else 'not even with'}: {wanted} ({fit['peak'] / MB:,.0f} MB; costs {costs})")
+        say(f"{'cheapest change' if fit['fits'] else 'not even with'}: {wanted} ({_megabytes(fit['peak'])} MB; costs {costs})")
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / MB:,.0f}" if size >= 10 * MB else f"{size / MB:.2g}"
+
+
+def _duration(seconds: float) -> str:
+    """In the largest unit of which there are two."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.2g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"

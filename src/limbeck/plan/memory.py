@@ -47,6 +47,22 @@ class Shapes:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters: what is trained (projections too), what of the student is frozen, the student that is saved, and the live
+    teacher."""
+
+    trained: int
+    frozen: int
+    saved: int
+    taught: int
+
+    @property
+    def flops_per_position(self) -> float:
+        """The usual count: 6 for a trained parameter (2 forward, 4 backward), 4 for a frozen one of the student, 2 for the teacher's."""
+        return 6.0 * self.trained + 4.0 * self.frozen + 2.0 * self.taught
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes at the peak of a step, by part; their sum is the peak. `activations` are all that is alive at the peak and none of the others.
 
@@ -62,6 +78,7 @@ class Memory:
     largest_block: int
     root: int
     teacher_head: int
+    sizes: Sizes
 
     @property
     def parts(self) -> dict[str, int]:
@@ -104,7 +121,9 @@ def simulate(recipe: Recipe, shapes: Shapes) -> Memory:
 
 
 def _parts(recipe: Recipe, learner: Learner, scorer: ModelScorer | None, shares: bool, chunks: int, shapes: Shapes, peak: int) -> Memory:
-    trained = sum(parameter.numel() for parameter in learner.parameters() if parameter.requires_grad)
+    trained, frozen = _numbers(learner)
+    adapted, saved = _numbers(learner.student)
+    taught = _numbers(scorer.model)[1] if scorer is not None else 0
     weights = _bytes(learner)
     block = max(_bytes(each) for each in blocks(learner.student))
     is_dense = recipe.teacher.provides().output and recipe.teacher.provides().support == "dense"
@@ -121,6 +140,7 @@ def _parts(recipe: Recipe, learner: Learner, scorer: ModelScorer | None, shares:
         largest_block=block,
         root=weights - sum(_bytes(each) for each in blocks(learner.student)),
         teacher_head=0 if scorer is None or shares else scorer.head.weight.numel() * scorer.head.weight.element_size(),
+        sizes=Sizes(trained, frozen, saved or adapted, taught),
     )
 
 
@@ -250,6 +270,12 @@ def _batch(shapes: Shapes) -> Batch:
     positions = torch.arange(shapes.width).expand(size)
     represented = torch.zeros(shapes.rows * shapes.width, dtype=torch.long)
     return Batch(ids, positions, ids, ids, ids, scored, torch.zeros_like(scored), represented)
+
+
+def _numbers(module: nn.Module) -> tuple[int, int]:
+    """Parameters that are trained, and that are frozen."""
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return trained, sum(parameter.numel() for parameter in module.parameters()) - trained
 
 
 def _bytes(module: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""How much there is to do: steps, tokens, positions that are computed (padding included), operations and bytes on disk. No model loads."""
+"""How much there is to do: steps, tokens, positions that are computed (padding included), and bytes on disk. No model loads."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from limbeck.conduct import flops_per_token
-from limbeck.plan.memory import FLOAT, Shapes
+from limbeck.plan.memory import FLOAT, Shapes, Sizes
 from limbeck.recipe import Capture, Recipe
 from limbeck.sources.base import OpenSource
 from limbeck.store.codec import Exact
@@ -19,13 +18,11 @@ SLACK_MB = 4
 
 @dataclass(frozen=True)
 class Work:
-    """Of the whole run. `flops` counts every position; None where the sizes of a model are not at hand."""
+    """Of the whole run."""
 
     num_steps: int
     tokens: int
     positions: int
-    flops: float | None
-    teacher_flops: float | None
     shapes: Shapes
 
 
@@ -46,30 +43,16 @@ def work(recipe: Recipe, source: OpenSource, num_tokens: int, processes: int = 1
             if len(rows) * width > largest[0] * largest[1]:
                 largest = len(rows), width
             scored = max(scored, sum(sample.num_scored for row in rows for sample in row))
-    per_token = flops_per_token(recipe)
-    taught = per_token["teacher"]
-    own = None if per_token["student"] is None or taught is None else per_token["student"] + taught
     bound = most_scored(source.samples, spec.micro_batch_size, spec.pack_length)
     shapes = Shapes(*largest, min(scored, largest[0] * largest[1]), bound, microbatches, num_tokens, spec.pack_length is not None)
-    return Work(
-        num_steps,
-        tokens,
-        positions,
-        None if own is None else own * positions,
-        None if taught is None else taught * positions,
-        shapes,
-    )
+    return Work(num_steps, tokens, positions, shapes)
 
 
-def disk(recipe: Recipe, source: OpenSource) -> dict[str, int | None]:
+def disk(recipe: Recipe, source: OpenSource, sizes: Sizes) -> dict[str, int | None]:
     """Bytes by part. While a checkpoint is written there is one more than is kept. None: known only when it is measured."""
-    student, spec = recipe.for_training()
-    sizes = student.num_parameters()
-    found: dict[str, int | None] = {"student": None, "checkpoints": None}
-    if sizes is not None:
-        found["student"] = FLOAT * (sizes["frozen"] or sizes["trained"]) + SLACK_MB * 2**20
-        held = max(spec.keep_checkpoints, 1) + 1 if spec.checkpoint_every else 0
-        found["checkpoints"] = held * 3 * FLOAT * sizes["trained"]
+    _, spec = recipe.for_training()
+    held = max(spec.keep_checkpoints, 1) + 1 if spec.checkpoint_every else 0
+    found: dict[str, int | None] = {"student": FLOAT * sizes.saved + SLACK_MB * 2**20, "checkpoints": held * 3 * FLOAT * sizes.trained}
     if recipe.capture is not None:
         found["capture"] = _captured(recipe, recipe.capture, source)
     return found

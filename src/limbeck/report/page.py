@@ -140,6 +140,7 @@ def _verdicts(evidence: Evidence, judged: Judgement) -> list[Section]:
             "Dots are differences, lines their intervals; within the band, a difference is as good as none.",
             plots_first=True,
         ),
+        Section("Equal compute", verdict_words.compute_sentences(evidence)),
         Section("What could be wrong", verdict_words.doubts(evidence, judged)),
     ]
 
@@ -221,6 +222,7 @@ def to_json(evidence: Evidence) -> dict[str, Any]:
         "baseline": evidence.baseline,
         "differences": [asdict(difference) for difference in differences],
         "costs": {arm: summary.cost(runs) for arm, runs in evidence.finished.items()},
+        "equal_compute": [asdict(its) for its in summary.equal_compute(evidence)],
         "capture": evidence.capture,
         "budgets": {
             "equal": all(budget.is_equal for budget in budgets) if budgets else None,

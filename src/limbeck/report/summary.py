@@ -174,6 +174,49 @@ def total_flops(about: dict[str, Any]) -> float | None:
     return sum(known) if len(known) == len(parts) else None
 
 
+@dataclass(frozen=True)
+class EqualCompute:
+    """The baseline `other` that was trained with the FLOPs of `arm`. `passes` says how often it saw the data: at most 1 where every row
+    that it saw was new."""
+
+    arm: str
+    other: str
+    flops: float | None
+    other_flops: float | None
+    steps: float | None
+    passes: float | None
+
+
+def equal_compute(evidence: Evidence) -> list[EqualCompute]:
+    """What was added to compare at equal compute, as far as it has run."""
+    found = []
+    for other, about in evidence.about.items():
+        for arm in about.get("at_cost_of", []):
+            ours, theirs = evidence.finished.get(arm, []), evidence.finished.get(other, [])
+            if ours and theirs:
+                batch_size, num_samples = theirs[0].recipe["train"]["batch_size"], theirs[0].data.get("num_samples")
+                steps = _over_runs(theirs, "steps")
+                passes = steps * batch_size / num_samples if steps and num_samples else None
+                found.append(EqualCompute(arm, other, cost(ours)["flops"], cost(theirs)["flops"], steps, passes))
+    return found
+
+
+def cost_terms(evidence: Evidence, arm: str, other: str) -> str:
+    """At what an arm is compared with the baseline, or with the baseline at its cost; nothing where the study does not ask for both."""
+    if not evidence.judged.get("primary", {}).get("equal_compute"):
+        return ""
+    if arm in evidence.about.get(other, {}).get("at_cost_of", []):
+        return "at equal compute"
+    ours, theirs = (cost(evidence.finished.get(one, [])) for one in (arm, other))
+    same = [name for key, name in (("tokens", "tokens"), ("flops", "compute")) if _close(ours[key], theirs[key])]
+    return f"at equal {' and '.join(same)}" if same else "at other tokens and compute"
+
+
+def _close(a: float | None, b: float | None) -> bool:
+    """Equal to what the lengths of sentences make of it."""
+    return a is not None and b is not None and abs(a - b) <= 0.02 * max(a, b)
+
+
 def evaluation_seconds(evals: dict[str, dict[str, Any]]) -> float:
     return sum(result.get("seconds") or 0.0 for result in evals.values())
 

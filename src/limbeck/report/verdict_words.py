@@ -7,6 +7,7 @@ from typing import Any
 
 from limbeck.report.collect import Evidence, item_pairs
 from limbeck.report.judge import Forgotten, Judgement
+from limbeck.report.summary import cost_terms, equal_compute
 from limbeck.report.tables import Cell, Column, Numbers, Row, Table, words
 from limbeck.report.verdict import Verdict
 from limbeck.report.words import listing, plural
@@ -26,7 +27,8 @@ def headline(evidence: Evidence, judged: Judgement) -> list[str]:
     name = f"{words(judged.benchmark)} {words(judged.metric)}"
     by_outcome: dict[str, list[str]] = {}
     for (arm, other), its in judged.verdicts.items():
-        by_outcome.setdefault(its.outcome, []).append(f"{arm} {_verb(its)} {other} ({_difference(its)})")
+        terms = " ".join(filter(None, [other, cost_terms(evidence, arm, other)]))
+        by_outcome.setdefault(its.outcome, []).append(f"{arm} {_verb(its)} {terms} ({_difference(its)})")
     order = ("BEATS", "LOSES", "TIES", "INCONCLUSIVE", "NO VERDICT")
     sentences = [f"On {name}: {'; '.join(by_outcome[outcome])}." for outcome in order if outcome in by_outcome]
     if judged.lacking:
@@ -86,7 +88,10 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> str:
 
 def verdict_table(evidence: Evidence, judged: Judgement) -> Table:
     """A row per comparison, controls last."""
-    rows = [_verdict_row(f"{arm} − {other}", its) for (arm, other), its in judged.verdicts.items()]
+    rows = [
+        _verdict_row(f"{arm} − {other}", its, "; ".join(filter(None, [cost_terms(evidence, arm, other), its.why])))
+        for (arm, other), its in judged.verdicts.items()
+    ]
     for its, role, meaning in (
         (judged.again, "again", "A/A control: must not lead"),
         (judged.planted, "planted", "planted handicap: must lose"),
@@ -127,6 +132,20 @@ def _verdict_row(label: str, its: Verdict, note: str = "", is_reference: bool = 
         note or its.why,
         is_reference,
     )
+
+
+def compute_sentences(evidence: Evidence) -> list[str]:
+    """What the baseline was given to cost as much as an arm, and where it took that from."""
+    sentences = []
+    for its in equal_compute(evidence):
+        costs = [f"{value / 1e12:,.1f}" if value is not None else "unknown" for value in (its.other_flops, its.flops)]
+        seen = ""
+        if its.passes is not None and its.passes <= 1:
+            seen = f": rows that it had not seen, {its.passes:.0%} of the data"
+        elif its.passes is not None:
+            seen = f": the data has no more rows, and comes {its.passes:.1f} times"
+        sentences.append(f"{its.other} takes {costs[0]} TFLOPs and {its.arm} {costs[1]}, by {its.steps or 0:,.0f} steps{seen}.")
+    return sentences
 
 
 def _p(value: float | None) -> str:

@@ -51,7 +51,7 @@ def choose(codec: Codec, target: Target, head: Head, fitted: Iterable[Tensor], o
 
     def is_met(at: int) -> bool:
         one = codec.model_copy(update={codec.tuned: values[at]})
-        model = one.calibrate(head, fitted)
+        model = one.calibrate(head, fitted, others)
         found = certify(one, head, model, others)
         if found is None:
             raise StoreError(

@@ -48,10 +48,15 @@ class Codec(Family):
         """The temperatures for which it can serve: its `temperatures`, where it has such a field; None for all."""
         return getattr(self, "temperatures", None)
 
-    def calibrate(self, head: Head, outputs: Iterable[Tensor]) -> dict[str, Tensor]:
-        """What is fitted once per capture, from the teacher's last hidden states `[n, E]` of documents that no fidelity is measured on.
-        The teacher runs only if `outputs` is walked; it may be walked more than once."""
+    def calibrate(self, head: Head, outputs: Iterable[Tensor], others: Iterable[Tensor] = ()) -> dict[str, Tensor]:
+        """What is fitted once per capture, from the teacher's last hidden states `[n, E]` of documents that no fidelity is measured on. On
+        `others` it is: they may say how much is kept, and nothing else. The teacher runs only if either is walked; that may be more than
+        once."""
         return {}
+
+    def doubt(self, outputs: Iterable[Tensor]) -> str | None:
+        """What is to be said of a fit on these documents; None where all is well."""
+        return None
 
     def encode(self, head: Head, model: Mapping[str, Tensor], output: Tensor, lengths: Sequence[int]) -> list[bytes]:
         """A blob per sample from the rows `[n, E]` of several, one after the other; `lengths` sum to n. Equal rows give equal bytes."""

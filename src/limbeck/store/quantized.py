@@ -3,8 +3,8 @@
 States are turned into a basis in which an error costs the same in every direction (the head's Fisher metric, on average over the
 calibration documents) and components are uncorrelated, rounded to a step, and entropy-coded. A step of s costs about s^2/24 nats of KL
 per component, but not at every token alike: where the teacher is sure, a coarser one does. So each token's step is the one with the least
-KL + price * bytes, the KL estimated from the teacher's most probable tokens, and the price is what gives the wanted size on calibration
-documents of its own.
+KL + price * bytes, the KL estimated from the teacher's most probable tokens, and the price is what gives the wanted size on documents that
+nothing else was fitted on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ STEPS = tuple(0.02 * 2 ** (i / 2) for i in range(15))
 _RARE = 0.02
 """A step that a smaller share of the calibration tokens would take is left out."""
 _FITTED, _TRIED, _PRICED = 16384, 4096, 8192
-"""Calibration tokens for the basis and its scales, for those by step, and for the price: the last from documents of their own."""
+"""Tokens for the basis and its scales, for those by step, and for the price: the last from documents of their own."""
+_TRIES, _SLACK = 6, 0.004
+"""How often the price is set anew, as blobs have fixed bytes besides, and what share of the wanted bytes may be left over."""
+_TOKENS_PER_CHANNEL = 4
+"""Calibration tokens from which a basis is worth its name."""
 _PER_OCTAVE = 8
 """Tables are shared by components whose magnitude in steps is the same to within an eighth of an octave."""
 _LARGEST = 14 * _PER_OCTAVE
@@ -47,47 +51,63 @@ class Quantized(Codec):
 
     type: Literal["quantized"] = "quantized"
     bytes_per_token: float = Field(96.0, gt=1)
-    """Bytes per scored token that the price is set for: more on texts of another kind than the calibration documents."""
+    """Bytes per scored token that the price is set for, on the documents of the certificate; other texts may take more or fewer."""
 
     needs_head: ClassVar[bool] = True
     tuned: ClassVar[str] = "bytes_per_token"
     ladder: ClassVar[tuple[float, ...]] = tuple(round(4 * 2 ** (i / 8), 1) for i in range(57))
 
     def meant_by(self, bytes_per_token: float | None) -> tuple[float, ...]:
-        return () if bytes_per_token is None else (bytes_per_token,)
+        # blobs of more documents than the price is set on may be a little larger than wanted
+        return () if bytes_per_token is None else tuple(share * bytes_per_token for share in (0.96, 0.98, 1.0))
 
-    def calibrate(self, head: Head, outputs: Iterable[Tensor]) -> dict[str, Tensor]:
+    def calibrate(self, head: Head, outputs: Iterable[Tensor], others: Iterable[Tensor] = ()) -> dict[str, Tensor]:
         import torch
 
-        documents = [part.detach().float().cpu() for part in outputs if len(part)]
-        # what a table costs is told by documents that it has not seen
-        priced = documents[::4] if len(documents) > 4 else documents
-        fitted = [part for i, part in enumerate(documents) if i % 4] if len(documents) > 4 else documents
-        rows = _spread(torch.cat(fitted), _FITTED)
+        rows = _spread(torch.cat([part.detach().float().cpu() for part in outputs]), _FITTED)
         mean = rows.mean(0)
         forward, back = _basis(rows, mean, fisher(head, rows))
         model = {"mean": mean, "forward": forward, "back": back, "steps": torch.tensor(STEPS, dtype=torch.float64)}
-        components, rows = (rows - mean) @ forward, _spread(rows, _TRIED)
+        components, tried = (rows - mean) @ forward, _spread(rows, _TRIED)
         scales = components.abs().mean(0).double().expand(len(STEPS), -1)
         model |= _shapes(components, scales, model["steps"])
         for _ in range(2):
-            taken, price = self._price(*_costs(head, model, rows), self.bytes_per_token)
+            taken, _ = self._price(*_costs(head, model, tried), self.bytes_per_token)
             count = taken.bincount(minlength=len(model["steps"]))
             used = count >= _RARE * len(taken)
-            tried = (rows - mean) @ forward
-            scales = torch.stack([_scale(tried[taken == i], scales[i]) for i in used.nonzero()[:, 0].tolist()])
+            coded = (tried - mean) @ forward
+            scales = torch.stack([_scale(coded[taken == i], scales[i]) for i in used.nonzero()[:, 0].tolist()])
             model["steps"] = model["steps"][used]
             model |= _shapes(components, scales, model["steps"]) | {"frequency": (8 * count[used] + 1).int()}
-        ends = np.searchsorted(np.cumsum([len(part) for part in priced]), _PRICED) + 1
-        priced = priced[:ends]
-        divergence, size = _costs(head, model, torch.cat(priced))
+        # what a table costs is told by documents that it has not seen
+        documents = [part.detach().float().cpu() for part in others if len(part)] or [rows]
+        return model | {"price": self._set_price(head, model, documents)}
+
+    def _set_price(self, head: Head, model: Mapping[str, Tensor], documents: Sequence[Tensor]) -> Tensor:
+        """The price at which the blobs of these documents have as many bytes as wanted, or hardly fewer."""
+        import torch
+
+        documents = documents[: int(np.searchsorted(np.cumsum([len(part) for part in documents]), _PRICED)) + 1]
+        lengths, rows = [len(part) for part in documents], torch.cat(list(documents))
+        divergence, size = _costs(head, model, rows)
         fixed = 0.0
-        for _ in range(2):
+        for _ in range(_TRIES):
             taken, price = self._price(divergence, size, self.bytes_per_token - fixed)
-            model["price"] = torch.tensor([price], dtype=torch.float64)
-            written = sum(map(len, self._write(model, torch.cat(priced), taken, [len(part) for part in priced])))
-            fixed = written / len(taken) - float(size.gather(1, taken[:, None]).mean())
-        return model
+            over = sum(map(len, self._write(model, rows, taken, lengths))) / len(rows) - self.bytes_per_token
+            if -_SLACK * self.bytes_per_token <= over <= 0:
+                break
+            fixed += over + _SLACK / 2 * self.bytes_per_token
+        return torch.tensor([price], dtype=torch.float64)
+
+    def doubt(self, outputs: Iterable[Tensor]) -> str | None:
+        documents = list(outputs)
+        count, width = sum(map(len, documents)), documents[0].shape[1]
+        if count >= _TOKENS_PER_CHANNEL * width:
+            return None
+        return (
+            f"{count:,} calibration tokens are few for the {width} channels of the teacher's states, expected "
+            f"{_TOKENS_PER_CHANNEL * width:,} or more: {self.type!r} loses much. Raise capture.calibrate_on, or set codec 'topk'"
+        )
 
     def encode(self, head: Head, model: Mapping[str, Tensor], output: Tensor, lengths: Sequence[int]) -> list[bytes]:
         rows = output.detach().float().cpu()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -52,7 +53,7 @@ class SampledCodec(Codec):
     def serves(self) -> tuple[float, ...]:
         return (1.0,)
 
-    def calibrate(self, head: Head, outputs: Iterable[Tensor]) -> dict[str, Tensor]:
+    def calibrate(self, head: Head, outputs: Iterable[Tensor], others: Iterable[Tensor] = ()) -> dict[str, Tensor]:
         import torch
 
         vocabulary = head.weight.shape[0]
@@ -63,28 +64,27 @@ class SampledCodec(Codec):
             "counts": torch.zeros(self.draws + 2, dtype=torch.int64),
             "entropies": torch.zeros(int(LARGEST_ENTROPY / self.step) + 2, dtype=torch.int64),
         }
-        for output in outputs:
-            kept = self._draw(head, output)
-            for name, total in found.items():
-                total += torch.from_numpy(np.bincount(getattr(kept, name), minlength=len(total)))
-            for rank in range(k):
-                gaps[rank] += torch.from_numpy(np.bincount(kept.gaps[:, rank], minlength=levels + 1))
-            for total, symbols in zip(ids, (kept.top, kept.ids), strict=True):
-                total += torch.from_numpy(np.bincount(symbols.ravel(), minlength=vocabulary))
+        documents = list(outputs)
+        kept = self._draw(head, torch.cat([torch.zeros(0, head.weight.shape[1]), *documents]), list(map(len, documents)))
+        for name, total in found.items():
+            total += torch.from_numpy(np.bincount(getattr(kept, name), minlength=len(total)))
+        for rank in range(k):
+            gaps[rank] += torch.from_numpy(np.bincount(kept.gaps[:, rank], minlength=levels + 1))
+        for total, symbols in zip(ids, (kept.top, kept.ids), strict=True):
+            total += torch.from_numpy(np.bincount(symbols.ravel(), minlength=vocabulary))
         model = {name: smooth(total[None])[0] for name, total in found.items()} | {"ids": 4 * ids + 1, "gaps": smooth(gaps)}
         return {name: value.clamp(max=2**31 - 1).int() for name, value in model.items()}
 
     def encode(self, head: Head, model: Mapping[str, Tensor], output: Tensor, lengths: Sequence[int]) -> list[bytes]:
         tables, blobs = _Tables(model), []
-        for rows in output.split(list(lengths)):
-            if not len(rows):
+        for num, kept in zip(lengths, self._draw(head, output, lengths).split(lengths), strict=True):
+            if not num:
                 blobs.append(b"")
                 continue
-            kept = self._draw(head, rows)
             parts = [(kept.numbers, tables.numbers), (kept.ids, tables.drawn), (kept.counts, tables.counts)]
             parts += [(kept.entropies, tables.entropies), (kept.top.ravel(), tables.top)]
             parts += [(kept.gaps[:, rank], table) for rank, table in enumerate(tables.gaps)]
-            blobs.append(np.array([len(rows)], "<u4").tobytes() + entropy.write(parts))
+            blobs.append(np.array([num], "<u4").tobytes() + entropy.write(parts))
         return blobs
 
     def decode(self, head: Head | None, model: Mapping[str, Tensor], blobs: Sequence[bytes], rows: Sequence[np.ndarray]) -> Signal:
@@ -119,14 +119,13 @@ class SampledCodec(Codec):
     def _levels(self) -> int:
         return int(-LOWEST / self.step) + 1
 
-    def _draw(self, head: Head, rows: Tensor) -> _Kept:
-        """The chance is that of the rows' own bytes: nothing that stands beside them changes what is drawn."""
+    def _draw(self, head: Head, rows: Tensor, lengths: Sequence[int]) -> _Kept:
+        """The chance of a sample is that of its rows' own bytes: nothing that stands beside them changes what is drawn."""
         import torch
 
-        k = min(self.k, head.weight.shape[0])
-        seed = hashlib.blake2b(rows.detach().float().cpu().contiguous().numpy().tobytes(), digest_size=16).digest()
-        chance = torch.from_numpy(np.random.Generator(np.random.Philox(key=int.from_bytes(seed, "little"))).random((len(rows), 2 + k)))
-        parts, waiting = [], chance.to(head.weight.device)
+        k, parts = min(self.k, head.weight.shape[0]), []
+        chances = [_chance_of(part, 2 + k) for part in rows.split(list(lengths))]
+        waiting = torch.from_numpy(np.concatenate([np.zeros((0, 2 + k)), *chances])).to(head.weight.device)
         for logits in logit_blocks(head, rows):
             luck, waiting = waiting[: len(logits)], waiting[len(logits) :]
             log_probs = torch.log_softmax(logits, -1)
@@ -142,6 +141,9 @@ class SampledCodec(Codec):
             numbers = torch.bincount(drawn[:, 0], minlength=len(logits))
             found = (numbers, drawn[:, 1], counts[drawn[:, 0], drawn[:, 1]], entropies, ids, gaps)
             parts.append([each.cpu().numpy() for each in found])
+        if not parts:
+            none = np.zeros(0, np.int64)
+            return _Kept(none, none, none, none, np.zeros((0, k), np.int64), np.zeros((0, k), np.int64))
         return _Kept(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
     def _round(self, log_probs: Tensor, luck: Tensor) -> Tensor:
@@ -164,6 +166,21 @@ class _Kept:
     entropies: np.ndarray
     top: np.ndarray
     gaps: np.ndarray
+
+    def split(self, lengths: Sequence[int]) -> list[_Kept]:
+        """The same of each sample."""
+        rows = np.cumsum([0, *lengths])
+        drawn = np.append(0, self.numbers.cumsum())[rows]
+        of_rows, of_draws = ([slice(*pair) for pair in pairwise(ends)] for ends in (rows, drawn))
+        return [
+            _Kept(self.numbers[row], self.ids[draw], self.counts[draw], self.entropies[row], self.top[row], self.gaps[row])
+            for row, draw in zip(of_rows, of_draws, strict=True)
+        ]
+
+
+def _chance_of(rows: Tensor, width: int) -> np.ndarray:
+    seed = hashlib.blake2b(rows.detach().float().cpu().contiguous().numpy().tobytes(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(seed, "little"))).random((len(rows), width))
 
 
 class _Tables:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LOWEST = -32.0
 """A log-probability below it is kept as this: 1e-14."""
 _ROWS = 128
-"""Rows whose logits live at once, and what their arithmetic depends on: the last ones of a sample are filled up."""
+"""Rows whose logits live at once, and what their arithmetic depends on."""
 
 
 class TopTokens(Codec):
@@ -61,7 +61,7 @@ class TopTokens(Codec):
         """How many of the tokens `[n, k]`, most probable first, are kept of each row."""
         raise NotImplementedError
 
-    def calibrate(self, head: Head, outputs: Iterable[Tensor]) -> dict[str, Tensor]:
+    def calibrate(self, head: Head, outputs: Iterable[Tensor], others: Iterable[Tensor] = ()) -> dict[str, Tensor]:
         import torch
 
         vocabulary, levels = head.weight.shape[0], self._levels
@@ -95,17 +95,15 @@ class TopTokens(Codec):
         import torch
 
         coder, blobs = _Tables(model), []
-        for rows in output.split(list(lengths)):
-            kept = _join([self._kept(logits) for logits in logit_blocks(head, rows)])
-            if not len(rows):
+        for num, kept in zip(lengths, _join([self._kept(logits) for logits in logit_blocks(head, output)], lengths), strict=True):
+            if not num:
                 blobs.append(b"")
                 continue
-            assert kept is not None
             mask = torch.arange(kept.ids.shape[1]) < kept.counts[:, None]
             parts = [(kept.counts.numpy(), coder.counts), (kept.ids[mask].numpy(), coder.ids)]
             parts += [(kept.gaps[mask[:, rank], rank].numpy(), table) for rank, table in enumerate(coder.gaps)]
             parts += [(kept.tails[:, i].numpy(), table) for i, table in enumerate(coder.tails)]
-            blobs.append(np.array([len(rows)], "<u4").tobytes() + entropy.write(parts))
+            blobs.append(np.array([num], "<u4").tobytes() + entropy.write(parts))
         return blobs
 
     def decode(self, head: Head | None, model: Mapping[str, Tensor], blobs: Sequence[bytes], rows: Sequence[np.ndarray]) -> Signal:
@@ -209,7 +207,8 @@ class _Tables:
 
 
 def logit_blocks(head: Head, rows: Tensor) -> Iterator[Tensor]:
-    """Logits of `_ROWS` rows at a time, made from as many whatever their number: a sample's bytes do not depend on its neighbours."""
+    """Logits of `_ROWS` rows at a time, of any number of samples. They are made from as many rows always, the last filled up: where a row
+    stands changes nothing, so a sample's bytes do not depend on its neighbours."""
     import torch
 
     with torch.no_grad():
@@ -218,11 +217,15 @@ def logit_blocks(head: Head, rows: Tensor) -> Iterator[Tensor]:
             yield head(filled)[: len(part)]
 
 
-def _join(parts: Sequence[_Kept]) -> _Kept | None:
+def _join(parts: Sequence[_Kept], lengths: Sequence[int]) -> list[_Kept]:
+    """What is kept of each sample, from what is kept of blocks of rows."""
     import torch
 
     names = ("ids", "padded", "gaps", "counts", "tails")
-    return _Kept(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names}) if parts else None
+    if not parts:
+        return [_Kept(*(torch.zeros(0, 0, dtype=torch.int64) for _ in names)) for _ in lengths]
+    columns = [torch.cat([getattr(part, name) for part in parts]).split(list(lengths)) for name in names]
+    return [_Kept(*its) for its in zip(*columns, strict=True)]
 
 
 def smooth(counts: Tensor) -> Tensor:

@@ -130,15 +130,14 @@ class Client:
         try:
             return answer.json()
         except ValueError:
-            raise BadAnswerError(f"found an answer that is no JSON ({answer.text[:60]!r})") from None
+            raise BadAnswerError(f"found an answer that is no JSON ({self._plain(answer.text)[:60]!r})") from None
 
     def _refused(self, answer: Any) -> Exception:
         status = answer.status_code
         if status in PASSING or status >= 500:
             after = answer.headers.get("retry-after", "")
             return _PassingError(f"status {status}", min(float(after), LONGEST_WAIT) if after.isdigit() else 0.0)
-        said = " ".join(answer.text.split())[:300]
-        said = said.replace(self._key, "***") if self._key else said
+        said = " ".join(self._plain(answer.text).split())[:300]
         hint = {
             400: "; teacher.k may be more than the server allows: start it with that many (vLLM: --max-logprobs), or set a smaller one",
             401: "; set teacher.key_variable to the environment variable that holds its key",
@@ -146,6 +145,10 @@ class Client:
             404: "; teacher.url is the base of its API, mostly with /v1 at the end",
         }.get(status, "")
         return LimbeckError(f"teacher {self.url}: status {status}, and was not asked again ({said}){hint}")
+
+    def _plain(self, text: str) -> str:
+        """What a server said, without the key."""
+        return text.replace(self._key, "***") if self._key else text
 
     def _count(self, error: BaseException | None) -> None:
         cause = error.cause if isinstance(error, _PassingError) else "bad answer"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
@@ -101,6 +102,8 @@ class ServerScorer(ToldScorer):
         self._client, self._longest = client, longest
         self._pool = ThreadPoolExecutor(concurrency)
         self._coming: dict[tuple[bytes, bytes], Future[Told]] = {}
+        # also where a run was interrupted between two questions: Python would wait at its end for all that is asked ahead
+        self._end = weakref.finalize(self, _end, client, self._pool)
 
     @property
     def note(self) -> str:
@@ -129,10 +132,14 @@ class ServerScorer(ToldScorer):
         try:
             told = [answer.result() for answer in answers]
         except BaseException:
-            self._client.stop()
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._end()
             raise
         return self.signal(batch, told)
 
     def _submit(self, document: Document) -> Future[Told]:
         return self._pool.submit(self._client.ask, document.ids, document.wanted, self.k, self.vocabulary)
+
+
+def _end(client: Client, pool: ThreadPoolExecutor) -> None:
+    client.stop()
+    pool.shutdown(wait=False, cancel_futures=True)
