@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -173,3 +177,62 @@ def killed_run(recipe: dict[str, Any], folder: Path, settings: Sequence[str]) ->
     process.wait()
     assert not (path / "student").exists(), "the run was over before it could be killed"
     return path
+
+
+def forked(arguments: Sequence[str], log: Path, largest: int | None = None, **environment: str) -> int:
+    """The id of a forked process that runs the command line with these arguments: torch is imported. Its output goes to `log`, and it can
+    write no file of more than `largest` bytes."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        os.environ |= environment
+        stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        if largest is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        sys.argv = ["limbeck", *arguments]
+        from limbeck.cli import main
+
+        main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def forked_ranks(arguments: Sequence[str], folder: Path, **environment: str) -> list[int]:
+    """Two such processes, as a launcher starts them; output goes to rank-0.txt and rank-1.txt."""
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+    return [forked(arguments, folder / f"rank-{rank}.txt", RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(2)]
+
+
+def exit_code(process: int, seconds: float = 240) -> int:
+    """How a forked process ended; it is killed where it has not after so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    raise AssertionError(f"process {process} had not ended after {seconds} seconds")
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
+    """Wait until something is there."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.005)

@@ -451,7 +451,9 @@ def test_a_capture_in_the_place_of_something_else(refused, folder, teacher_dir):
 
 def test_capturing_without_a_teacher_or_a_place(refused, teacher_dir):
     assert refused("capture", "recipe.yaml").startswith("capture: missing; expected a section with the `path`")
-    assert refused("capture", "recipe.yaml", "--out", "x").startswith("teacher.type: found 'none', expected one of 'model', 'server'")
+    assert refused("capture", "recipe.yaml", "--out", "x").startswith(
+        "teacher.type: found 'none', expected one of 'distillkit', 'model', 'server'"
+    )
 
 
 def test_grading_with_nothing_or_nobody(refused, model_dir):
@@ -595,7 +597,7 @@ def test_an_interrupt_says_how_to_go_on(run, works, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "optimizer_step", interrupted)
         code, out, err = run(*command)
-    assert (code, out) == (130, "") and err.endswith("stopped; start the same command again to go on from what was written\n")
+    assert (code, out) == (75, "") and err.endswith("stopped; start the same command again to go on from what was written\n")
     code, out, err = run(*command)
     assert code == 0 and "run: resuming after step 2 of 5" in err
 

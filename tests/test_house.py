@@ -196,6 +196,7 @@ DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "reasoning_gym": "reasoning-gym",
     "lm_eval": "lm-eval",
+    "liger_kernel": "liger-kernel",
 }
 """Import names that differ from the package that is declared for them."""
 

@@ -497,6 +497,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {"arms": ARMS | {"x": {"student": {"arm": "stf"}}}},
         "student.arm: found 'stf', .*did you mean 'sft'",
     ),
+    "parent that is no name": ({"arms": ARMS | {"x": {"student": {"arm": ["sft"]}}}}, r"student\.arm: found \['sft'\], expected an arm"),
     "parents in a circle": (
         {"arms": {"x": {"student": {"arm": "y"}}, "y": {"student": {"arm": "x"}}}},
         "arm 'x': student.arm leads in a circle: x from y from x",

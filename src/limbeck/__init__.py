@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from limbeck.init import init
     from limbeck.plan import plan
     from limbeck.recipe import Recipe, load_recipe, parse_recipe
+    from limbeck.replay import replay
     from limbeck.report.page import build_report
     from limbeck.run import Run
     from limbeck.study import Study, load_study
@@ -47,13 +48,14 @@ _WHERE = {
     "load_study": "limbeck.study",
     "parse_recipe": "limbeck.recipe",
     "plan": "limbeck.plan",
+    "replay": "limbeck.replay",
     "run_study": "limbeck.conduct",
     "train": "limbeck.trainer",
 }
 
 __all__ = [
     "LimbeckError", "Recipe", "Run", "Study", "build_report", "capture", "check", "demo", "evaluate_model", "export", "fetch",
-    "init", "load_recipe", "load_study", "parse_recipe", "plan", "run_study", "train",
+    "init", "load_recipe", "load_study", "parse_recipe", "plan", "replay", "run_study", "train",
 ]  # fmt: skip
 
 

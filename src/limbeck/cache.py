@@ -65,7 +65,7 @@ def model_config(name: str, revision: str | None = None) -> dict[str, Any] | Non
         return None
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path}: found {type(config).__name__}, expected a mapping")

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from limbeck import distributed
+from limbeck import distributed, stopping
 from limbeck.calibration import Signals, calibration_split, hidden_error, score
 from limbeck.distributed import World
 from limbeck.errors import StoreError
@@ -299,6 +299,7 @@ class _Capture:
         model = load_file(self.folder / MODEL) if manifest.model else {}
         coming = [part for _, batches in shards for part in batches]
         with (
+            stopping.deferred(),
             StoreWriter(self.folder, manifest, self.scorer.head, model) as writer,
             progress("capture the teacher", sum(map(len, coming))) as bar,
         ):
@@ -311,3 +312,5 @@ class _Capture:
                     writer.add(batch, signal, [one.needs.layers for one in part], spelling)
                     bar.advance(len(part), note=getattr(self.scorer, "note", ""))
                 writer.end_shard(number)
+                if stopping.asked():  # what is scored is written when the writer ends
+                    break

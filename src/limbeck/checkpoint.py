@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from limbeck import distributed
 from limbeck.distributed import ALONE, World
 from limbeck.errors import RunError
-from limbeck.log import warn
 from limbeck.run import fsync_dir
 
 MANIFEST = "manifest.json"
@@ -88,14 +87,20 @@ def save(
 
 
 def load_latest(root: Path, learner: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE) -> dict[str, Any] | None:
-    """Restore the newest checkpoint that verifies and return its state, or None. A damaged one is named and passed over."""
-    for path in distributed.of_all(_published(root), world)[0]:
+    """Restore the newest checkpoint and return its state, or None where there is none. RunError names one that is damaged: whoever deletes
+    it has said that the one before it is to be used."""
+    published = distributed.of_all(_published(root), world)[0]
+    for path in published[:1]:
         problem = next(filter(None, distributed.of_all(_problem(path, world), world)), None)
         if problem:
-            warn(f"{path}: {problem}; trying an earlier checkpoint")
-            continue
-        _restore(learner, optimizer, path, world)
-        return dict(json.loads((path / STATE).read_text(encoding="utf-8")))
+            before = f"from {published[1].name}" if len(published) > 1 else "from the beginning"
+            raise RunError(f"{path}: damaged: {problem}. Delete this folder to go on {before}")
+        try:
+            _restore(learner, optimizer, path, world)
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+            return {**state, "step": int(state["step"])}
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:  # whoever writes the files can write checksums too
+            raise RunError(f"{path}: damaged: not what a checkpoint holds ({type(error).__name__}: {error})") from error
     return None
 
 
@@ -173,7 +178,7 @@ def _problem(path: Path, world: World) -> str | None:
         for name in sorted(files)[world.rank :: world.size]:
             if _describe(path / name) != files[name]:
                 return f"{name} was cut or altered"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         return f"{MANIFEST} is not readable ({error})"
     return None
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from limbeck import stopping
 from limbeck.cli_assets import assets_app
 from limbeck.cli_options import (
     Json,
@@ -30,8 +31,8 @@ from limbeck.cli_options import (
     read_recipe,
 )
 from limbeck.cli_store import store_app
-from limbeck.errors import LimbeckError
-from limbeck.log import MODE_VARIABLE, alert, say, set_mode
+from limbeck.errors import LimbeckError, without_secrets
+from limbeck.log import MODE_VARIABLE, alert, is_main_process, say, set_mode
 from limbeck.parallel import Strategy
 
 app = typer.Typer(
@@ -44,6 +45,7 @@ app.add_typer(assets_app, name="assets")
 app.add_typer(store_app, name="store")
 
 INTERRUPTED = 130
+"""What typer makes of a KeyboardInterrupt."""
 NO_GO = 1
 """The input is right, and what it asks for would be in vain."""
 ANYWHERE = ("--plain", "--quiet")
@@ -173,6 +175,20 @@ def train(
 
 
 @app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="Directory of a run with a step that was not finite.", metavar="RUN")], as_json: Json = False
+) -> None:
+    """Do the step again that was infinite or no number, sample by sample, and say where that comes from."""
+    from limbeck.replay import replay as run_replay
+    from limbeck.replay import show
+
+    found = run_replay(run)
+    if not as_json:
+        show(found)
+    finish(found, as_json)
+
+
+@app.command()
 def capture(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -299,10 +315,11 @@ def _metrics(evals: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point: every LimbeckError and misuse becomes one message and exit code 2; Ctrl-C says that nothing is lost."""
+    """Entry point: every LimbeckError and misuse becomes one message and exit code 2; an orderly stop is code 75."""
     try:
-        # not standalone, or typer would handle misuse and Ctrl-C itself: the latter comes as exit code 130
-        code = app(args=in_order(sys.argv[1:]), prog_name="limbeck", standalone_mode=False)
+        # not standalone, or typer would handle misuse and an interrupt itself
+        with stopping.listening():
+            code = app(args=in_order(sys.argv[1:]), prog_name="limbeck", standalone_mode=False)
     except LimbeckError as error:
         _fail(str(error))
     except OSError as error:  # a full disk, a folder that may not be written: nothing that a traceback would explain
@@ -313,7 +330,9 @@ def main() -> None:
             sys.exit(2)
         _fail(f"{message} See: {context.command_path if context else 'limbeck'} --help")
     if code == INTERRUPTED:
-        alert("stopped; start the same command again to go on from what was written")
+        if is_main_process():
+            alert("stopped; start the same command again to go on from what was written")
+        code = stopping.TRY_AGAIN
     sys.exit(code)
 
 
@@ -323,6 +342,7 @@ def in_order(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str) -> NoReturn:
+    message = without_secrets(message)
     if "--json" in sys.argv:
         print(json.dumps({"error": message}))
     alert(f"error: {message}", style="red")

@@ -2,6 +2,9 @@
 
 Under DDP every process holds whole tensors. Under FSDP2 the learner's parameters, their gradients and optimizer state are DTensors, of
 which a process holds a part; a tensor says by itself which it is, so that what reads or writes tensors need not be told.
+
+A process that died is noticed by the others at once, as its connections close, and one that hangs after `LIMBECK_TIMEOUT` seconds
+without its part of a step. At a barrier they wait longer: a process may be at work alone there.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,10 +22,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from limbeck import stopping
+from limbeck.errors import RunError
+
 if TYPE_CHECKING:
     from limbeck.parallel import Parallel
 
 T = TypeVar("T")
+
+TIMEOUT_VARIABLE = "LIMBECK_TIMEOUT"
+TIMEOUT = 600.0
+"""Seconds. Longer than the longest thing that one process does within a step while others wait: writing a checkpoint."""
+PATIENCE = timedelta(days=1)
+"""Rank 0 grades alone, and captures end at different times."""
+
+_control: Any = None
+"""A group of CPU connections, for what must not make an accelerator wait."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +66,41 @@ def world() -> Iterator[World]:
     if size == 1 and not dist.is_initialized():
         yield World(device=device)
         return
+    global _control
     started_here = not dist.is_initialized()
     if started_here:
         if cuda:
             torch.cuda.set_device(local_rank)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=_timeout())
+    if started_here or _control is None:
+        _control = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
+    except RuntimeError as error:
+        if not _is_of_another(error):
+            raise
+        stopping.check()  # it was asked to stop too, and was quicker
+        raise RunError(
+            f"another process of this run has died, or did not answer for {_timeout().total_seconds():g} seconds ({TIMEOUT_VARIABLE} "
+            f"sets that); its own messages say why. Start the same command again to go on. ({' '.join(str(error).split())[:200]})"
+        ) from error
     finally:
         if started_here:
             dist.destroy_process_group()
+            _control = None
+
+
+def _timeout() -> timedelta:
+    given = os.environ.get(TIMEOUT_VARIABLE) or str(TIMEOUT)
+    try:
+        return timedelta(seconds=max(float(given), 1.0))
+    except (ValueError, OverflowError):
+        raise RunError(f"{TIMEOUT_VARIABLE}: found {given!r}, expected seconds") from None
+
+
+def _is_of_another(error: RuntimeError) -> bool:
+    """Whether an error is about a connection to another process; gloo's have no class of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 # modules
@@ -181,7 +222,7 @@ def write_parts(tensors: Mapping[str, Tensor], files: Mapping[str, int], folder:
 
     writer = HuggingFaceStorageWriter(str(folder), dict(files), save_distributed=True)
     with _causes():
-        save(dict(tensors), storage_writer=writer)
+        save(dict(tensors), storage_writer=writer, process_group=_control)
 
 
 @contextmanager
@@ -219,7 +260,7 @@ def read_into(tensors: Mapping[str, Tensor], folder: Path, world: World) -> None
 
     with warnings.catch_warnings(), _causes():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant
-        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=world.size == 1)
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), process_group=_control, no_dist=world.size == 1)
 
 
 # numbers and words
@@ -244,15 +285,30 @@ def from_main(pairs: list[list[int]], world: World) -> list[list[int]]:
 
 
 def of_all(value: T, world: World) -> list[T]:
-    """What each rank has to say, by rank."""
+    """What each rank has to say, by rank, however long one of them is at work alone."""
     if world.size == 1:
         return [value]
     told: list[Any] = [None] * world.size
-    dist.all_gather_object(told, value)
+    dist.all_gather_object(told, value, group=_control)
     return told
 
 
+def any_rank(here: bool, world: World) -> bool:
+    """Whether it is so on any rank; all of them get the same answer."""
+    if world.size == 1:
+        return here
+    found = torch.tensor(here, dtype=torch.uint8)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_control)
+    return bool(found)
+
+
+def stop_together(world: World) -> None:
+    """Raise Stopped on all ranks alike, where any of them was asked to stop."""
+    if any_rank(stopping.asked(), world):
+        raise stopping.Stopped
+
+
 def barrier(world: World) -> None:
-    """Wait for all ranks."""
+    """Wait for all ranks, however long one of them is at work alone."""
     if world.size > 1:
-        dist.barrier()
+        dist.barrier(group=_control)

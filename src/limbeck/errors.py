@@ -6,6 +6,7 @@ A message names the key or file, what was found, what was expected, and the near
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -37,3 +38,16 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     """The tail of an error message: `; did you mean 'x'?`, or the empty string where nothing is near."""
     match = difflib.get_close_matches(name, list(choices), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+_SECRETS = (
+    (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@"),
+    (re.compile(r"([?&;][\w.-]*(?:token|key|secret|signature|password|credential)[\w.-]*=)[^&;\s]+", re.IGNORECASE), r"\1***"),
+)
+
+
+def without_secrets(text: str) -> str:
+    """A text in which URLs have no user, password or token any more: commands and messages are written down."""
+    for pattern, shown in _SECRETS:
+        text = pattern.sub(shown, text)
+    return text

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck import protocol
+from limbeck import plugins, protocol
 from limbeck.arms import Arm
 from limbeck.evaluate import Benchmark
 from limbeck.flops import asks_teacher
@@ -140,6 +140,8 @@ class Ledger:
         tree["train"] = {key: value for key, value in tree["train"].items() if key not in _SPEED}
         del tree["evaluate"], tree["capture"]
         tree["data"] = content_of(recipe)
+        if recipe.plugins:
+            tree["plugins"] = plugins.contents(recipe.plugins)
         if not asks_teacher(recipe):
             del tree["teacher"]
         elif self.study.capture:

@@ -1,6 +1,6 @@
 """Recipe: everything that defines one run, in one YAML file. Torch-free: every error of a recipe comes before a model is loaded.
 
-Sections check themselves; what spans sections (does this teacher give what that objective needs?) is checked here.
+Sections check themselves; what spans them is checked in `consistency.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from limbeck.consistency import check_objective, secret_in
 from limbeck.errors import LimbeckError, RecipeError
 from limbeck.evaluate import Benchmark
-from limbeck.objectives import HiddenTerm, Needs, OutputTerm, Term
+from limbeck.objectives import HiddenTerm, Needs, Term
 from limbeck.objectives.base import active, needs_of
 from limbeck.optim import Optimizer
 from limbeck.parallel import Parallel
+from limbeck.plugins import Extensible
 from limbeck.sources import Source
 from limbeck.spec import Spec, load_yaml, member_of, override, validate
 from limbeck.store import Codec, Exact, HiddenCodec
@@ -30,6 +32,9 @@ from limbeck.student import Student
 from limbeck.teachers import NoTeacher, Teacher
 from limbeck.trackers import TrackerName
 from limbeck.trackers import require as require_trackers
+
+LATER: tuple[tuple[str, str, Any], ...] = (("", "plugins", []), ("train", "max_skipped_steps", 0))
+"""Section, key and default of what was added since runs are recorded by the hash of their recipe."""
 
 
 class Train(Spec):
@@ -63,6 +68,9 @@ class Train(Spec):
     """Steps between checkpoints; none are written where it is not set, and a run that is stopped starts over."""
     keep_checkpoints: int = Field(1, ge=0)
     """Checkpoints kept. 0 keeps the newest one only until the run has finished."""
+    max_skipped_steps: int = Field(0, ge=0)
+    """Steps in a row that are left out where loss or gradient is infinite or no number: weights and optimizer stay as they were, and the
+    next step's data come. At one more, or at the first with 0, the run stops. `limbeck replay` does such a step again."""
     report_to: list[TrackerName] = []
     """Trackers that get each row of metrics.jsonl too; their packages are installed apart."""
 
@@ -152,9 +160,12 @@ class Capture(Spec):
         return {"target": self.target.model_dump(), "codec": self.codec.model_copy(update=kept)}
 
 
-class Recipe(Spec):
+class Recipe(Extensible):
     """One run."""
 
+    plugins: list[str] = []
+    """Modules of your own that define terms, divergences, teachers, sources or benchmarks. They are imported before the rest is read, from
+    the working directory or from what is installed; nothing else is, so read them before you run a recipe of somebody else's."""
     student: Student | None = None
     """The model to be trained; a recipe that only captures needs none."""
     teacher: member_of(Teacher) = NoTeacher()  # type: ignore[valid-type]
@@ -173,6 +184,10 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        if where := secret_in(self.to_json()):
+            raise ValueError(
+                f"{where}: found a URL that holds a key or a password, which would be written down; expected it in the environment"
+            )
         names = [benchmark.key for benchmark in self.evaluate]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"evaluate: found {sorted(repeated)[0]!r} twice; give one of them another `name`")
@@ -241,57 +256,13 @@ class Recipe(Spec):
         return self.capture, Needs(output=True, layers=frozenset(layers)), hidden
 
     def to_json(self) -> dict[str, Any]:
-        """The resolved recipe: every default spelled out."""
-        return dict(json.loads(self.model_dump_json()))
-
-
-def check_objective(recipe: Recipe) -> None:
-    """Refuse a teacher that lacks what the terms need, and say what to set instead."""
-    if recipe.objective and not recipe.terms:
-        raise ValueError("objective: every weight is 0; expected at least one term with a positive weight")
-    for index, term in enumerate(recipe.objective):
-        if term.weight != 0 and term in recipe.objective[:index]:
-            first = recipe.objective.index(term)
-            raise ValueError(f"objective.{index}: found the same {term.type!r} term as objective.{first}; give one of them both weights")
-    moving = [key for key, term in recipe.terms.items() if "temperature" in term.schedules]
-    if moving and recipe.train and recipe.train.uses("compile"):
-        raise ValueError(
-            f"train.kernels: found 'compile' beside a schedule of temperature (the {moving[0]!r} term), for which every step would be "
-            "compiled anew; expected a number for the temperature, or no 'compile'"
-        )
-    provided = recipe.teacher.provides()
-    for key, term in recipe.terms.items():
-        asks_output = isinstance(term, OutputTerm) and term.needs(1, 1).output
-        if (asks_output and not provided.output) or (isinstance(term, HiddenTerm) and provided.layers == frozenset()):
-            raise ValueError(
-                f"objective: the {key!r} term needs a teacher's {'output' if asks_output else 'hidden states'}, and teacher type "
-                f"{recipe.teacher.type!r} gives none; set teacher to {{type: model, model: NAME}} or to a capture "
-                "{type: store, path: FOLDER} with it, or remove the term"
-            )
-        offered = provided.support, provided.temperatures, provided.k
-        if isinstance(term, OutputTerm) and provided.output and (problem := term.refuses(*offered)):
-            raise ValueError(f"objective: the {key!r} term: {problem}")
-    check_layers(recipe)
-
-
-def check_layers(recipe: Recipe) -> None:
-    """Layer and width checks from config.json alone, where the configs are at hand; the same are made again on the loaded models."""
-    provided = recipe.teacher.provides()
-    shape = recipe.student.shape() if recipe.student else None
-    if not shape:
-        return
-    for key, term in recipe.terms.items():
-        if not isinstance(term, HiddenTerm) or provided.num_layers is None:
-            continue
-        try:
-            needed = term.needs(shape[0], provided.num_layers).layers
-        except RecipeError as error:
-            raise ValueError(str(error)) from None
-        if provided.layers is not None and (lacking := sorted(needed - provided.layers)):
-            raise ValueError(
-                f"objective: the {key!r} term maps teacher blocks {lacking}, the capture holds {sorted(provided.layers)}; "
-                "capture again with capture.layers, or map those"
-            )
+        """The resolved recipe: every default spelled out, but for keys that came `LATER`, so that its hash is what it was before them."""
+        tree = dict(json.loads(self.model_dump_json()))
+        for section, key, default in LATER:
+            node = tree.get(section) if section else tree
+            if node and node.get(key) == default:
+                del node[key]
+        return tree
 
 
 def tokenizer_name(recipe: Recipe) -> tuple[str, str | None]:

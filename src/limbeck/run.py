@@ -3,8 +3,9 @@
 recipe.json        the resolved recipe                      environment.json   versions, machine, command
 data.json          what was trained on: counts, hashes      metrics.jsonl      one object per optimizer step
 checkpoints/       see checkpoint.py                        evals/NAME.json    one benchmark result each
-student/           the trained model, for any HF tool       run.json           status, totals, timings
+student/           the trained model, for any HF tool       run.json           status (running, trained, finished), totals
 adapters/          LoRA's, for PEFT; merged into student/   evals/NAME.partial.jsonl   items of one that is not finished
+not-finite/        the last step that was not, to replay
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from limbeck.errors import RunError
+from limbeck.errors import RunError, without_secrets
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,15 @@ class Run:
         return self.path / "metrics.jsonl"
 
     @property
+    def not_finite(self) -> Path:
+        return self.path / "not-finite"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the student is there, and evaluation alone may be left."""
+        return self.is_finished or self.read_json("run.json", {}).get("status") == "trained"
+
+    @property
     def is_finished(self) -> bool:
         return bool(self.read_json("run.json", {}).get("status") == "finished")
 
@@ -57,8 +67,8 @@ class Run:
                 return default
             raise RunError(f"{file}: no such file; expected a run directory written by `limbeck train`")
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
+            return json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        except (ValueError, OSError, RecursionError) as error:
             raise RunError(f"{file}: not readable as JSON: {error}") from None
 
     def write_json(self, name: str, value: Any) -> None:
@@ -71,6 +81,11 @@ class Run:
     def evals(self) -> dict[str, dict[str, Any]]:
         """Benchmark results by benchmark name."""
         return {file.stem: self.read_json(f"evals/{file.name}") for file in sorted((self.path / "evals").glob("*.json"))}
+
+
+def _refuse_constant(name: str) -> None:
+    """We write no such thing."""
+    raise ValueError(f"found {name}, which is no number of JSON")
 
 
 def write_json(file: Path, value: Any, indent: int | None = 2) -> None:
@@ -156,7 +171,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "machine": platform.machine(),
         "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(without_secrets, sys.argv[1:])],
     }
 
 
@@ -167,7 +182,7 @@ def complete_lines(file: Path) -> Iterator[dict[str, Any]]:
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return
         if not isinstance(row, dict):
             return

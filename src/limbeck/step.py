@@ -32,6 +32,14 @@ class StepResult:
     teacher_seconds: float
 
 
+class NotFiniteError(RunError):
+    """A step whose loss or gradient is infinite or no number: on all ranks alike, and nothing was changed by it."""
+
+    def __init__(self, message: str, result: StepResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 def optimizer_step(
     wrapped: nn.Module,
     terms: Mapping[str, Term],
@@ -42,7 +50,7 @@ def optimizer_step(
     world: World,
 ) -> StepResult:
     """One update from this rank's microbatches. `terms` are as they are at this step, with numbers in the place of schedules. Raises
-    RunError, with the weights untouched, where the gradient is not finite."""
+    NotFiniteError, and Stopped between microbatches, with weights and optimizer untouched."""
     totals: Counter[str] = Counter({"scored": 0, "represented": 0})
     for batch in batches:
         totals.update(batch.counts)
@@ -53,6 +61,7 @@ def optimizer_step(
     teacher_seconds = 0.0
     optimizer.zero_grad(set_to_none=True)
     for i, batch in enumerate(batches):
+        distributed.stop_together(world)
         batch = batch.to(world.device)
         start = time.perf_counter()
         signal = score(batch)
@@ -69,9 +78,9 @@ def optimizer_step(
     trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     grad_norm = distributed.clip_gradients(trainable, spec.optimizer.max_grad_norm or math.inf)
     total = sum(term.weight * sums[key] / max(counts[term.count], 1) for key, term in terms.items())
+    result = StepResult(total, sums, counts, grad_norm, teacher_seconds)
     if not math.isfinite(grad_norm) or not math.isfinite(total):
-        raise RunError(
-            f"loss {total}, gradient norm {grad_norm}: not finite, so the weights were not touched; a lower learning rate is the usual cure"
-        )
+        terms_ = "".join(f", {key} {sums[key]}" for key in terms if not math.isfinite(sums[key]))
+        raise NotFiniteError(f"loss {total}, gradient norm {grad_norm}{terms_}: not finite, so the weights were not touched", result)
     optimizer.step()
-    return StepResult(total, sums, counts, grad_norm, teacher_seconds)
+    return result

@@ -20,6 +20,7 @@ from limbeck.errors import RecipeError, nearest
 from limbeck.evaluate import Benchmark
 from limbeck.evaluate.agreement import Agreement
 from limbeck.evaluate.bits_per_byte import BitsPerByte
+from limbeck.plugins import Extensible
 from limbeck.recipe import Recipe, parse_recipe
 from limbeck.report.collect import REFERENCES
 from limbeck.spec import Spec, load_yaml, member_of, merge, override, validate
@@ -97,7 +98,7 @@ class Tuning(Spec):
         return value
 
 
-class Study(Spec):
+class Study(Extensible):
     """Arms x seeds."""
 
     name: str
@@ -189,9 +190,9 @@ class Study(Spec):
                     raise ValueError(f"primary.compare: found {pair[0]!r} with itself, expected two arms")
         return self
 
-    def _known(self, key: str, arm: str) -> None:
-        if arm not in self.arms:
-            raise ValueError(f"{key}: found {arm!r}, expected an arm of the study: {', '.join(self.arms)}{nearest(arm, self.arms)}")
+    def _known(self, key: str, arm: Any) -> None:
+        if not isinstance(arm, str) or arm not in self.arms:
+            raise ValueError(f"{key}: found {arm!r}, expected an arm of the study: {', '.join(self.arms)}{nearest(str(arm), self.arms)}")
 
     @property
     def baseline(self) -> str:

@@ -4,8 +4,6 @@ of teacher. What happens within a step is in `step.py`.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 import time
@@ -17,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from limbeck import adapters, checkpoint, distributed, kernels, optim, trackers
+from limbeck import adapters, bookkeeping, checkpoint, distributed, kernels, not_finite, optim, stopping, trackers
 from limbeck.batch import Batch, Signal
 from limbeck.distributed import World
 from limbeck.divide import divide, whole_student
@@ -26,17 +24,17 @@ from limbeck.evaluate import Subject
 from limbeck.evaluate.runner import evaluate
 from limbeck.first_samples import FirstSamples, settle
 from limbeck.learner import Learner
-from limbeck.log import peak_memory_mb, progress, reset_peak_memory, say
-from limbeck.models import blocks, check_size, load_tokenizer, recompute_activations, save_model, verify_packing, weights_hash
-from limbeck.objectives.base import HiddenTerm, Needs, Term, gates, needs_of
+from limbeck.log import peak_memory_mb, progress, reset_peak_memory, say, warn
+from limbeck.models import blocks, check_size, load_model, load_tokenizer, recompute_activations, save_model, verify_packing, weights_hash
+from limbeck.objectives.base import HiddenTerm, Needs, Term, needs_of
 from limbeck.objectives.head import num_chunks
 from limbeck.recipe import Recipe, parse_recipe, require_files
-from limbeck.run import Run, differences, environment, what_is_run
+from limbeck.run import Run
 from limbeck.sources.base import OpenSource, microbatches
-from limbeck.step import StepResult, optimizer_step
+from limbeck.step import NotFiniteError, StepResult, optimizer_step
 from limbeck.student import build as build_student
 from limbeck.teachers import Scorer
-from limbeck.tokens.identity import template_hash, vocabulary, vocabulary_hash
+from limbeck.tokens.identity import vocabulary
 from limbeck.tokens.pack import most_scored
 
 
@@ -49,7 +47,7 @@ def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overri
     with distributed.world() as world:
         recipe.parallel.check(world.size, recipe.teacher)
         if world.is_main:
-            _refuse_others(run, recipe)
+            bookkeeping.refuse_others(run, recipe)
         distributed.barrier(world)
         if spec.uses("liger"):
             kernels.refuse_cpu(world.device)
@@ -57,24 +55,51 @@ def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overri
             say(f"{path}: already finished with this recipe")
             return run
         tokenizer = load_tokenizer(student_spec.model, student_spec.revision)
-        source = recipe.source.open(tokenizer, recipe.seed)
-        for benchmark in recipe.evaluate:
-            benchmark.samples(tokenizer)  # what cannot be graded shows before hours of training, not after
-        student = build_student(student_spec, distributed.opens_on(recipe.parallel, world), recipe.seed)
-        if spec.uses("liger"):
-            kernels.use_liger(student)
-        known = run.read_json("data.json", {}).get("layer_maps", {})
-        learner, scorer, layer_maps = assemble(recipe, student, tokenizer, source, world, known)
-        num_steps = spec.steps or math.ceil((spec.epochs or 1) * source.steps_per_epoch(spec.batch_size))
+        student = _trained_already(run, world) if run.is_trained else _trained(run, recipe, tokenizer, world)
         if world.is_main:
-            _describe(run, recipe, source, student, tokenizer, num_steps, layer_maps)
-        wrapped = divide(recipe, learner, scorer, world)
-        _loop(run, recipe, learner, wrapped, source, scorer, num_steps, tokenizer.pad_token_id or 0, world)
-        student = whole_student(recipe, learner, world)
-        del scorer, learner, wrapped
-        if world.is_main:
-            _finish(run, recipe, student, tokenizer, world)
+            _evaluate(run, recipe, student, tokenizer, world)
     return run
+
+
+def _trained(run: Run, recipe: Recipe, tokenizer: Any, world: World) -> Any:
+    """Train, and publish the student."""
+    student_spec, spec = recipe.for_training()
+    source = recipe.source.open(tokenizer, recipe.seed)
+    for benchmark in recipe.evaluate:
+        benchmark.samples(tokenizer)  # what cannot be graded shows before hours of training, not after
+    student = build_student(student_spec, distributed.opens_on(recipe.parallel, world), recipe.seed)
+    if spec.uses("liger"):
+        kernels.use_liger(student)
+    known = run.read_json("data.json", {}).get("layer_maps", {})
+    learner, scorer, layer_maps = assemble(recipe, student, tokenizer, source, world, known)
+    num_steps = steps_of(recipe, source)
+    if world.is_main:
+        bookkeeping.describe(run, recipe, source, student, tokenizer, num_steps, layer_maps)
+    wrapped = divide(recipe, learner, scorer, world)
+    with stopping.deferred():
+        _loop(run, recipe, learner, wrapped, source, scorer, num_steps, tokenizer.pad_token_id or 0, world)
+        not_finite.refuse_weights(learner, world, run.path, num_steps)
+        student = whole_student(recipe, learner, world)
+        if world.is_main:
+            _export(run, recipe, student, tokenizer)
+    return student
+
+
+def steps_of(recipe: Recipe, source: OpenSource) -> int:
+    """Optimizer steps of a whole run."""
+    _, spec = recipe.for_training()
+    return spec.steps or math.ceil((spec.epochs or 1) * source.steps_per_epoch(spec.batch_size))
+
+
+def _trained_already(run: Run, world: World) -> Any:
+    """The student of a run that was stopped while it was evaluated."""
+    if not world.is_main:
+        return None
+    say(f"{run.path}: trained already; going on with its evaluation")
+    student = load_model(str(run.student), device=world.device)
+    if weights_hash(dict(student.named_parameters())) != run.read_json("run.json").get("weights_sha256"):
+        raise RunError(f"{run.student}: the weights were altered since they were trained; delete {run.path} to train again")
+    return student
 
 
 def assemble(
@@ -141,11 +166,11 @@ def _loop(
     optimizer = optim.build(spec.optimizer, learner)
     checkpoint.clean(run.checkpoints) if world.is_main else None
     state = checkpoint.load_latest(run.checkpoints, learner, optimizer, world) or {"step": 0, "tokens": 0, "seconds": 0.0}
-    first, tokens, spent = state["step"], state["tokens"], state["seconds"]
+    first, tokens, spent, skipped = state["step"], state["tokens"], state["seconds"], state.get("skipped", 0)
     score = scorer.score if scorer is not None else lambda batch: Signal()
     expect = scorer.expect if scorer is not None else lambda batches: None
     if world.is_main:
-        _forget_after(run, first)
+        bookkeeping.forget_after(run, first)
     if first:
         say(f"{run.path}: resuming after step {first} of {num_steps}")
 
@@ -153,8 +178,14 @@ def _loop(
         samples = source.at(step, spec.batch_size)
         return microbatches(samples, spec.micro_batch_size, world.rank, world.size, pad_id, spec.pack_length)
 
+    def save(root: Path, step: int, keep: int, **about: Any) -> None:
+        """What a resume after so many steps begins with. Weights that no step could follow are no such thing."""
+        not_finite.refuse_weights(learner, world, run.path, step)
+        checkpoint.save(root, step, learner, optimizer, {"tokens": tokens, "seconds": spent, "skipped": skipped, **about}, keep, world)
+
     learner.train()
     reset_peak_memory()
+    saved = first
     upcoming = batches_at(first) if first < num_steps else []
     expect(upcoming)
     report_to = spec.report_to if world.is_main else ()
@@ -162,7 +193,7 @@ def _loop(
     with trackers.tracking(report_to, run, first) as report, progress(f"train {name}", num_steps, first) as bar:
         for step in range(first, num_steps):
             start = time.perf_counter()
-            torch.manual_seed(_seed_of(recipe.seed, step, world.rank))
+            torch.manual_seed(seed_of(recipe.seed, step, world.rank))
             rate = spec.optimizer.rate(step, num_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -171,53 +202,35 @@ def _loop(
             expect(upcoming)
             try:
                 result = optimizer_step(wrapped, now, batches, score, optimizer, spec, world)
+                was_skipped = 0
+            except stopping.Stopped:
+                if step > saved:
+                    save(run.checkpoints, step, spec.keep_checkpoints)
+                raise
+            except NotFiniteError as error:
+                save(run.not_finite, step, 1, **not_finite.about(source.at(step, spec.batch_size), str(error)))
+                told = f"{run.path}, step {step + 1}: {error}; {not_finite.how_to_replay(run.path)}"
+                if skipped == spec.max_skipped_steps:
+                    raise RunError(f"{told}. A lower learning rate is the usual cure{_after(skipped)}") from None
+                warn(f"{told}; the step is skipped")
+                result, was_skipped = error.result, skipped + 1
             except RunError as error:
                 raise RunError(f"{run.path}, step {step + 1}: {error}") from None
             seconds = time.perf_counter() - start
-            tokens, spent = tokens + int(result.counts["represented"]), spent + seconds
+            tokens, spent, skipped = tokens + int(result.counts["represented"]), spent + seconds, was_skipped
             if world.is_main:
                 scheduled = {f"{name}/{key}": getattr(now[key], name) for key, term in terms.items() for name in term.schedules}
-                report(_log(run, step + 1, result, terms, scheduled, rate, tokens, seconds, spent))
+                report(bookkeeping.log_step(run, step + 1, result, terms, scheduled, rate, tokens, seconds, spent, skipped > 0))
             if spec.checkpoint_every and (step + 1) % spec.checkpoint_every == 0 and step + 1 < num_steps:
-                state = {"tokens": tokens, "seconds": spent}
-                checkpoint.save(run.checkpoints, step + 1, learner, optimizer, state, spec.keep_checkpoints, world)
+                save(run.checkpoints, step + 1, spec.keep_checkpoints)
+                saved = step + 1
             bar.advance(1, note=_note(result, terms, seconds))
     if spec.checkpoint_every and spec.keep_checkpoints and first < num_steps:
-        state = {"tokens": tokens, "seconds": spent}
-        checkpoint.save(run.checkpoints, num_steps, learner, optimizer, state, spec.keep_checkpoints, world)
+        save(run.checkpoints, num_steps, spec.keep_checkpoints)
 
 
-def _log(
-    run: Run,
-    step: int,
-    result: StepResult,
-    terms: Mapping[str, Term],
-    scheduled: Mapping[str, float],
-    rate: float,
-    tokens: int,
-    seconds: float,
-    spent: float,
-) -> dict[str, Any]:
-    """One line of metrics.jsonl: means per token of what was optimised, over all processes, and what schedules made of it."""
-    row: dict[str, Any] = {"step": step, "loss": result.loss}
-    row.update({f"loss/{key}": result.sums[key] / max(result.counts[term.count], 1) for key, term in terms.items()})
-    row.update({key: result.sums[key] / max(result.counts["scored"], 1) for key in gates(terms)})
-    if result.sums["teacher_nll"]:
-        row["teacher_nll"] = result.sums["teacher_nll"] / max(result.counts["scored"], 1)
-    row.update(scheduled)
-    row.update(
-        learning_rate=rate,
-        grad_norm=result.grad_norm,
-        tokens=tokens,
-        scored_tokens=int(result.counts["scored"]),
-        tokens_per_second=result.counts["represented"] / seconds,
-        teacher_share=result.teacher_seconds / seconds,
-        peak_memory_mb=peak_memory_mb(),
-        seconds=spent,
-    )
-    with open(run.metrics_file, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    return row
+def _after(skipped: int) -> str:
+    return f"; {skipped} before it were skipped, as many as train.max_skipped_steps allows" if skipped else ""
 
 
 def _note(result: StepResult, terms: Mapping[str, Term], seconds: float) -> str:
@@ -225,82 +238,31 @@ def _note(result: StepResult, terms: Mapping[str, Term], seconds: float) -> str:
     return f"{parts} | {result.counts['represented'] / seconds:.0f} tok/s | {peak_memory_mb() / 1024:.1f} GB"
 
 
-def _seed_of(seed: int, step: int, rank: int) -> int:
+def seed_of(seed: int, step: int, rank: int) -> int:
     """Random numbers of a step (dropout) depend on nothing that came before it."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _refuse_others(run: Run, recipe: Recipe) -> None:
-    """Refuse the directory of another recipe, or of something else."""
-    if (run.path / "recipe.json").is_file():
-        if differing := differences(what_is_run(run.read_json("recipe.json")), what_is_run(recipe.to_json())):
-            others = "" if len(differing) == 1 else f", and {len(differing) - 1} more"
-            raise RunError(
-                f"{run.path}: holds a run of another recipe ({differing[0][1]}{others}); choose another run directory, or delete this one"
-            )
-        return
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-        raise RunError(f"{run.path}: exists and is no run directory; choose another path")
-
-
-def _describe(
-    run: Run, recipe: Recipe, source: OpenSource, student: Any, tokenizer: Any, num_steps: int, layer_maps: dict[str, Any]
-) -> None:
-    """Take the directory, now that everything has loaded, and say what is trained on and what it starts from (data.json): two runs with
-    equal hashes had equal budgets."""
-    _, spec = recipe.for_training()
-    initial = weights_hash(adapters.base_weights(student))
-    before = run.read_json("data.json", {}).get("initial_weights_sha256", initial)
-    if before != initial:
-        raise RunError(f"{run.path}: began with a student of weights {before[:12]}, found {initial[:12]}; choose another run directory")
-    run.write_json("recipe.json", recipe.to_json())
-    run.write_json("environment.json", environment())
-    run.write_json("run.json", {"status": "running"})
-    order = hashlib.sha256()
-    for step in range(num_steps):
-        order.update(" ".join(str(sample.sample_id) for sample in source.at(step, spec.batch_size)).encode())
-    run.write_json(
-        "data.json",
-        {
-            **source.describe(),
-            "num_steps": num_steps,
-            **({"layer_maps": layer_maps} if layer_maps else {}),
-            "order_sha256": order.hexdigest(),
-            "initial_weights_sha256": initial,
-            "vocabulary_sha256": vocabulary_hash(tokenizer),
-            "template_sha256": template_hash(tokenizer),
-        },
-    )
-
-
-def _forget_after(run: Run, step: int) -> None:
-    """Drop logged steps that a resume will do again."""
-    rows = [row for row in run.metrics() if row["step"] <= step]
-    temporary = run.metrics_file.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(run.metrics_file)
-
-
-def _finish(run: Run, recipe: Recipe, student: Any, tokenizer: Any, world: World) -> None:
-    """Export the student, evaluate it, and mark the run as finished."""
+def _export(run: Run, recipe: Recipe, student: Any, tokenizer: Any) -> None:
+    """Publish the student, and mark the run as trained."""
     adapters.save(student, run.adapters)
     adapters.merge(student)
     temporary = run.path / "student.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    save_model(student, tokenizer, temporary)
-    shutil.rmtree(run.student, ignore_errors=True)
-    temporary.rename(run.student)
-    student.eval()
-    subject = Subject(student, tokenizer, world.device, recipe.teacher)
-    for result in evaluate(recipe.evaluate, subject, run.path / "evals"):
-        run.write_json(f"evals/{result.name}.json", result.to_json())
+    try:
+        save_model(student, tokenizer, temporary)
+        shutil.rmtree(run.student, ignore_errors=True)
+        temporary.rename(run.student)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     rows = run.metrics()
     last = rows[-1]
     run.write_json(
         "run.json",
         {
-            "status": "finished",
+            "status": "trained",
             "steps": last["step"],
+            "skipped_steps": sum(row.get("skipped", 0) for row in rows),
             "tokens": last["tokens"],
             "scored_tokens": sum(row["scored_tokens"] for row in rows),
             "train_seconds": last["seconds"],
@@ -310,5 +272,15 @@ def _finish(run: Run, recipe: Recipe, student: Any, tokenizer: Any, world: World
             "weights_sha256": weights_hash(dict(student.named_parameters())),
         },
     )
-    if recipe.train is not None and not recipe.train.keep_checkpoints:
+    _, spec = recipe.for_training()
+    if not spec.keep_checkpoints or not spec.checkpoint_every:  # a stop leaves one even where none are asked for
         shutil.rmtree(run.checkpoints, ignore_errors=True)
+
+
+def _evaluate(run: Run, recipe: Recipe, student: Any, tokenizer: Any, world: World) -> None:
+    """Grade the student, and mark the run as finished."""
+    student.eval()
+    subject = Subject(student, tokenizer, world.device, recipe.teacher)
+    for result in evaluate(recipe.evaluate, subject, run.path / "evals"):
+        run.write_json(f"evals/{result.name}.json", result.to_json())
+    run.write_json("run.json", run.read_json("run.json") | {"status": "finished"})

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import field_validator
+from pydantic import TypeAdapter, ValidationError, field_validator
 
 from limbeck.errors import RunError
 from limbeck.spec import Family
@@ -70,9 +71,15 @@ class Result:
         """The inverse of `to_json`."""
         try:
             metrics = {name: Metric(**metric) for name, metric in tree["metrics"].items()}
-            return cls(**{**tree, "metrics": metrics, "items": [Item(**item) for item in tree["items"]]})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise RunError(f"{where}: no benchmark result as Limbeck writes it: {error}") from error
+            found = cls(**{**tree, "metrics": metrics, "items": [Item(**item) for item in tree["items"]]})  # which know no other parts
+            types_of(cls).validate_python(tree)
+            return found
+        except (KeyError, TypeError, AttributeError, ValidationError) as error:
+            raise RunError(f"{where}: no benchmark result as Limbeck writes it: {' '.join(str(error).split())[:200]}") from error
+
+
+types_of: Callable[[Any], Any] = cache(TypeAdapter)
+"""What checks that the values of a dataclass, as JSON had them, are of its types."""
 
 
 @dataclass(frozen=True)

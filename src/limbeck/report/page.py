@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from limbeck.errors import RunError
 from limbeck.report import plots, summary, tables, verdict_words, words
 from limbeck.report.collect import Evidence, collect
 from limbeck.report.judge import Judgement, forgotten, judge
@@ -65,8 +66,12 @@ class Page:
 
 def build_report(path: Path | str) -> ReportPaths:
     """Write the report of the study or run in `path` into it."""
-    evidence = collect(Path(path))
-    page = make_page(evidence)
+    try:
+        evidence = collect(Path(path))
+        page = make_page(evidence)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:  # of files that came from elsewhere, or were edited
+        found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise RunError(f"{path}: its files are not what Limbeck writes, and no report can be made of them ({found})") from error
     paths = ReportPaths(*(evidence.path / f"report.{kind}" for kind in ("html", "md", "json")))
     _write(paths.html, to_html(page))
     shutil.rmtree(evidence.path / PLOT_FOLDER, ignore_errors=True)

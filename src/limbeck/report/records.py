@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from limbeck.errors import RunError
-from limbeck.evaluate.base import Result
+from limbeck.evaluate.base import Result, types_of
 from limbeck.run import Run, write_json
 
 FOLDER = "records"
@@ -91,10 +93,12 @@ def read_record(file: Path) -> RunRecord:
     tree = Run(file.parent).read_json(file.name)
     if not isinstance(tree, dict) or tree.get("format") != "limbeck-record" or tree.get("version") != 1:
         raise RunError(f"{file}: no record of a run as this version of Limbeck writes it; delete it, and the run is made again")
+    parts = {name: value for name, value in tree.items() if name not in ("format", "version")}
     try:
-        record = RunRecord(**{name: value for name, value in tree.items() if name not in ("format", "version")})
-    except TypeError as error:
-        raise RunError(f"{file}: no record of a run: {error}") from None
+        record = RunRecord(**parts)  # which knows no other parts
+        types_of(RunRecord).validate_python(parts)
+    except (TypeError, ValidationError) as error:
+        raise RunError(f"{file}: no record of a run: {' '.join(str(error).split())[:200]}") from None
     checked(record.evals, file)
     return record
 

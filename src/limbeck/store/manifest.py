@@ -247,7 +247,7 @@ def check_digest(place: Place, name: str, found: str, expected: str) -> None:
 def _json(place: Place, name: str) -> Any:
     try:
         return json.loads(place.read(name).decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{place.file(name)}: not a manifest of this version of Limbeck: {error}") from None
 
 

@@ -8,13 +8,10 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +21,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from limbeck.cache import resolve_data
 from limbeck.errors import DataError, nearest
+from limbeck.plugins import imported
 from limbeck.spec import Spec
 from limbeck.tokens.files import rows_of
 from limbeck.tokens.formats import EXPECTED, Format, conversation_of
@@ -237,19 +235,7 @@ def _converted(convert: Callable[[Any], Any], row: Any, where: str, name: str) -
 def _function_named(name: str) -> Callable[[Any], Any]:
     """The function that `module:function` names, looked for in the working directory first."""
     module, _, attribute = name.partition(":")
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        found: Any = import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise DataError(f"convert {name!r}: {module} imports {error.name!r}, which is not installed") from error
-        hint = nearest(module, [file.stem for file in Path(here).glob("*.py")])
-        raise DataError(f"convert {name!r}: found no module {module!r} in {here} or among what is installed{hint}") from None
-    except Exception as error:  # the user's code, again
-        raise DataError(f"convert {name!r}: importing {module} raised {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(here)
+    found: Any = imported(module, f"convert {name!r}", DataError)
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise DataError(f"convert {name!r}: {module} has no {part!r}{nearest(part, dir(found))}")

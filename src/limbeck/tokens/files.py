@@ -46,6 +46,8 @@ def _json(path: Path) -> Rows:
         rows = json.loads(_decode(path.read_bytes(), str(path)))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not readable as JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not readable as JSON: {str(error).partition(';')[0]}") from None
     except RecursionError:
         raise DataError(f"{path}: not readable as JSON: nested too deeply") from None
     if not isinstance(rows, list):

@@ -88,12 +88,21 @@ def parse_json(line: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         hint = " (JSON lines: the whole object on one line)" if line in ("{", "[") else ""
         raise DataError(f"{where}: not readable as JSON: {error.msg} at column {error.colno}{hint}") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise DataError(f"{where}: not readable as JSON: {str(error).partition(';')[0]}") from None
     except RecursionError:
         raise DataError(f"{where}: not readable as JSON: nested too deeply") from None
 
 
 def refuse_lone_surrogates(value: Any, where: str) -> None:
     """JSON can write half of a character (`\\ud83d`); it has no UTF-8 form, and tokenizers fail on it."""
+    try:
+        _refuse_lone_surrogates(value, where)
+    except RecursionError:
+        raise DataError(f"{where}: nested too deeply") from None
+
+
+def _refuse_lone_surrogates(value: Any, where: str) -> None:
     if isinstance(value, str):
         try:
             value.encode("utf-8")
@@ -103,11 +112,11 @@ def refuse_lone_surrogates(value: Any, where: str) -> None:
             ) from None
     elif isinstance(value, dict):
         for key, item in value.items():
-            refuse_lone_surrogates(key, where)
-            refuse_lone_surrogates(item, f"{where}: {key}")
+            _refuse_lone_surrogates(key, where)
+            _refuse_lone_surrogates(item, f"{where}: {key}")
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            refuse_lone_surrogates(item, f"{where}.{index}")
+            _refuse_lone_surrogates(item, f"{where}.{index}")
 
 
 def nearest_key(found: Iterable[str], expected: Sequence[str]) -> str:
