@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -23,17 +24,20 @@ def test_there_are_some():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
-def test_it_is_valid(file, monkeypatch):
+def test_it_is_valid(file, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
+    if "mini" in file.parts:  # what other recipes there make is not here
+        made = re.sub(r"runs/\S+/student", "HuggingFaceTB/SmolLM2-135M-Instruct", file.read_text(encoding="utf-8"))
+        file = tmp_path / "mini" / file.name
+        file.parent.mkdir()
+        file.write_text(made, encoding="utf-8")
     if "arms" not in yaml.safe_load(file.read_text(encoding="utf-8")):
         load_recipe(file)
         return
-    teacher = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    # what teacher.yaml makes is not here
-    study = load_study(file, [f"base.{part}.model={teacher}" for part in ("student", "teacher")] if "mini" in file.parts else [])
+    study = load_study(file)
     if "paper" in file.parts or "mini" in file.parts:
         assert study.primary and study.question, "a study that is to decide says what decides"
-        assert "sft" in study.arms, "and has fine-tuning on the same tokens"
+        assert any(arm.endswith("sft") for arm in study.arms), "and has fine-tuning on the same tokens"
         assert len(study.seeds) >= 5
 
 
