@@ -200,6 +200,15 @@ def test_budgets_are_compared_in_what_is_not_declared_to_differ(tmp_path):
         assert "all arms had the same initial weights" not in budgets["statement"]
 
 
+def test_a_void_study_calls_nothing_better(tmp_path):
+    """Where one metric decides, its verdicts alone speak of it: a description by error bars over items would contradict them."""
+    path = study(tmp_path / "s", SOUND | {"sft-again": 0.8})
+    paths = build_report(path)
+    figures = json.loads(paths.json.read_text())
+    assert figures["judgement"]["state"] == "void" and not any("sums" in name for name in figures["findings"])
+    assert "is better than" not in paths.html.read_text(encoding="utf-8")
+
+
 def test_amendments_are_shown(tmp_path):
     protocol = {"sha256": "e" * 64, "primary": {"benchmark": "sums", "metric": "accuracy", "margin": 0.5, "alpha": 0.05, "planted": {}}}
     protocol |= {"compared": [["logits", "sft"]], "seeds": {"sft": [0]}, "tune": None}

@@ -78,11 +78,13 @@ def _claim(found: Sequence[Difference], baseline: str) -> str:
 
 
 def findings(evidence: Evidence, found: Sequence[Difference]) -> list[tuple[str, str]]:
-    """(metric, where the arms stand beside the baseline), for the first metric of each benchmark."""
+    """(metric, where the arms stand beside the baseline), by the first metric of each benchmark; of the one that decides, verdicts speak."""
+    decides = (evidence.judged.get("primary") or {}).get("benchmark")
     return [
         (metric_name(benchmark, metric, example), sentence)
         for benchmark, metric, example in evidence.headlines()
-        if (sentence := _finding(evidence, example, [d for d in found if (d.benchmark, d.metric) == (benchmark, metric)]))
+        if benchmark != decides
+        and (sentence := _finding(evidence, example, [d for d in found if (d.benchmark, d.metric) == (benchmark, metric)]))
     ]
 
 
