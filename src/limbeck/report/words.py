@@ -78,7 +78,7 @@ def _claim(found: Sequence[Difference], baseline: str) -> str:
 
 
 def findings(evidence: Evidence, found: Sequence[Difference]) -> list[tuple[str, str]]:
-    """(metric, where the arms stand beside the baseline), by the first metric of each benchmark; of the one that decides, verdicts speak."""
+    """(metric, where the arms stand beside the baseline) by the first metric of each benchmark. Of the one that decides, verdicts speak."""
     decides = (evidence.judged.get("primary") or {}).get("benchmark")
     return [
         (metric_name(benchmark, metric, example), sentence)
