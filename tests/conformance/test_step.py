@@ -95,8 +95,7 @@ def test_microbatches_and_padding_do_not_matter_and_unscored_tokens_have_no_grad
     assert loss > 0 and others[0] == pytest.approx(loss, rel=1e-5)
     largest = max(grad.abs().max() for grad in grads.values())
     for key in grads:
-        # matmuls of other shapes sum in another order, and of a skewed divergence's terms most cancels: 1.1e-5 was seen on one processor,
-        # where a token too many or too few changes percents
+        # matmuls of other shapes sum in another order, and of a skewed divergence's terms most cancels: 1.1e-5 was seen on one processor
         assert (grads[key] - others[1][key]).abs().max() <= 4e-5 * largest, key
     if name in OUTPUT_TERMS:
         unscored = torch.ones(len(last), dtype=torch.bool)
