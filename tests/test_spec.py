@@ -192,7 +192,7 @@ def test_a_spec_is_a_mapping(tree):
         ({"pen": {"width": [1]}}, "pen.width: found [1], expected a valid integer"),
         ({"pen": {"rate": float("nan")}}, "pen.rate: found nan, expected a finite number"),
         ({"pen": {"rate": float("inf")}}, "pen.rate: found inf, expected a finite number"),
-        ({"pen": 3}, "pen: found 3, expected a valid dictionary or instance of Pen"),
+        ({"pen": 3}, "pen: found 3, expected a mapping of keys to values"),
         ({"layers": {"type": "circle"}}, "layers: found {'type': 'circle'}, expected a valid list"),
         ({"layers": [{"type": "circle", "scale": -1}]}, "layers.0.scale: found -1, expected a number greater than 0"),
         (

@@ -18,6 +18,7 @@ import limbeck.trainer
 from helpers import write_jsonl
 from limbeck import protocol
 from limbeck.cache import weight_shapes
+from limbeck.check import check
 from limbeck.conduct import run_study
 from limbeck.errors import LimbeckError, RecipeError, RunError
 from limbeck.ledger import Ledger
@@ -471,6 +472,10 @@ def test_study_file(make_study, tmp_path):
     assert list(recipes) == list(ARMS)
     assert all(r.train and r.train.steps == 7 and r.seed == 4 and r.capture is None for r in recipes.values())
     assert [term.type for term in recipes["logits"].objective] == ["ce", "logits"]
+    found = check(tmp_path / "study.yaml", ["base.train.steps=7", "seeds=[4, 5]"])
+    assert found["kind"] == "study" and found["seeds"] == [4, 5]
+    with pytest.raises(RecipeError, match=r"base\.yaml: found a recipe, expected a study; `limbeck train"):
+        load_study(tmp_path / "base.yaml")
 
 
 TASK = task(name="sums", seed=50_000)
@@ -501,6 +506,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "parents in a circle": (
         {"arms": {"x": {"student": {"arm": "y"}}, "y": {"student": {"arm": "x"}}}},
         "arm 'x': student.arm leads in a circle: x from y from x",
+    ),
+    "student of another kind": (
+        {"base": {"student": "a/b"}, "arms": {"sft": ARMS["sft"], "x": ARMS["sft"] | {"student": {"arm": "sft"}}}},
+        "arm 'sft': student: found 'a/b', expected a mapping",
     ),
     "seeds of an arm that is not there": ({"num_seeds": {"logit": 1}}, "num_seeds: found 'logit', .*did you mean 'logits'"),
     "more seeds than there are": ({"num_seeds": {"sft": 2}}, "num_seeds.sft: found 2, expected 1 to 1"),

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from limbeck.errors import RecipeError
 from limbeck.log import console
 from limbeck.objectives import HiddenTerm
-from limbeck.recipe import Recipe, check_files
+from limbeck.recipe import Recipe, check_files, is_study
 from limbeck.recipe import parse_recipe as parse
 from limbeck.sources import DatasetSource
-from limbeck.spec import load_yaml
 
 if TYPE_CHECKING:
     from limbeck.doctor import Finding
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 def check(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """Validate the recipe or study in a YAML file and say what it will do. Raises on the first thing that cannot work."""
     overrides = list(overrides)
-    if "arms" in load_yaml(path, overrides):
+    if is_study(path):
         from limbeck.study import load_study
 
         study = load_study(path, overrides)
@@ -43,7 +42,7 @@ def diagnose(path: str | Path, overrides: Iterable[str] = (), headroom: bool = F
     from limbeck.doctor import examine
 
     overrides = list(overrides)
-    if "arms" not in load_yaml(path, overrides):
+    if not is_study(path):
         return {"": examine(parse(path, overrides), headroom)}
     from limbeck.study import load_study
 

@@ -284,6 +284,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return validate(Recipe, tree, str(path))
 
 
+def is_study(path: str | Path) -> bool:
+    """Whether a YAML file holds a study, and no recipe. Overrides do not count: they reach into a base that may be a file of its own."""
+    return "arms" in load_yaml(path)
+
+
 def parse_recipe(recipe: Recipe | dict[str, Any] | str | Path, overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:
     """A recipe from a mapping, a YAML file, or one that is already parsed, with `key.path=value` overrides."""
     if isinstance(recipe, str | Path):

@@ -14,10 +14,9 @@ import numpy as np
 from limbeck.errors import RecipeError
 from limbeck.evaluate.heldout import HeldOut
 from limbeck.log import console, visible
-from limbeck.recipe import Recipe, tokenizer_name
+from limbeck.recipe import Recipe, is_study, tokenizer_name
 from limbeck.recipe import parse_recipe as parse
 from limbeck.sources.dataset import DatasetSource, OpenDataset
-from limbeck.spec import load_yaml
 from limbeck.tokens.pack import lay_out, num_positions
 from limbeck.tokens.sample import Sample
 
@@ -30,7 +29,7 @@ OPENING, CLOSING = "⟦", "⟧"
 def show_data(path: str | Path, overrides: Iterable[str] = (), rows: int = 3, quiet: bool = False) -> dict[str, Any]:
     """Show the first `rows` samples and the numbers of a recipe's data (for a study: of each data set that its arms train on)."""
     overrides = list(overrides)
-    if "arms" not in load_yaml(path, overrides):
+    if not is_study(path):
         return _show(parse(path, overrides), rows, quiet)
     from limbeck.study import load_study
 

@@ -256,6 +256,7 @@ def _expected(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     number = "a number " if problem["type"].startswith(("greater_than", "less_than")) else ""
     message = message.replace("Input should be ", f"expected {number}", 1)
+    message = re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping of keys to values", message)
     return str(message[0].lower() + message[1:])
 
 

@@ -223,7 +223,8 @@ class Study(Extensible):
             arm = next(name for name, changes in waiting.items() if _parent(changes) in (None, *trees))
             changes = waiting.pop(arm)
             if parent := _parent(changes):
-                begun = {key: value for key, value in dict(trees[parent].get("student") or {}).items() if key != "lora"}
+                above = trees[parent].get("student")  # of another kind, the parent's own recipe is refused
+                begun = {key: value for key, value in above.items() if key != "lora"} if isinstance(above, dict) else {}
                 student = {key: value for key, value in changes["student"].items() if key != "arm"}
                 changes = {**changes, "student": {**student, **begun}}
             trees[arm] = merge(shared, changes)
@@ -313,6 +314,8 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
     """The study in a YAML file, its base read and every arm validated; torch-free."""
     path = Path(path)
     tree = load_yaml(path)
+    if "arms" not in tree and "source" in tree:
+        raise RecipeError(f"{path}: found a recipe, expected a study; `limbeck train {path}` trains it, `limbeck init study` writes a study")
     if isinstance(tree.get("base"), str):
         tree["base"] = load_yaml(path.parent / tree["base"])
     study = validate(Study, override(tree, overrides), str(path))
