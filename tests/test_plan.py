@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 import limbeck
 from limbeck import cli
-from limbeck.errors import RecipeError
+from limbeck.errors import ModelError, RecipeError
 from limbeck.flops import flops_per_token
 from limbeck.parallel import Parallel
 from limbeck.plan import plan
@@ -39,6 +40,16 @@ def recipe(model_dir: Path) -> dict[str, Any]:
         "objective": [{"type": "ce"}, {"type": "logits"}],
         "train": {"steps": 3, "batch_size": 8, "micro_batch_size": 4},
     }
+
+
+def test_an_architecture_that_is_not_known_is_named(recipe: dict[str, Any], model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for kind in ("no-such-type", "t5"):
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+        with pytest.raises(ModelError, match=r"architecture of model '.*model' cannot be loaded(?s:.*)cause: "):
+            memory(recipe, f"student.model={folder}")
 
 
 def memory(recipe: dict[str, Any], *overrides: str, shapes: Shapes = SHAPES) -> Memory:

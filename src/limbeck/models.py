@@ -38,6 +38,15 @@ def load_model(
     return model.eval() if load_in is not None else model.eval().to(device)
 
 
+def load_architecture(name: str, revision: str | None = None, dtype: str = "float32") -> Any:
+    """A causal LM as its config.json describes it, on the device that holds no numbers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _named(name, "architecture of model"), _quiet(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=False)
+
+
 def _in_bits(load_in: Literal["8bit", "4bit"], dtype: torch.dtype) -> Any:
     """bitsandbytes' settings: LLM.int8 (2208.07339) without columns in full precision, whose choice would depend on the other texts of a
     batch; NF4 with double quantisation (2305.14314)."""

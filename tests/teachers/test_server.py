@@ -202,6 +202,7 @@ def recipe(spec, model_dir, write_jsonl):
     [
         (["teacher.url=http://me:secret@host/v1"], "teacher.url: found a URL that holds a key"),
         (["teacher.url=host:8000"], "teacher.url: found 'host:8000', expected the base of an API"),
+        (["teacher.url=http://host:99999/v1"], "teacher.url: found 'http://host:99999/v1', expected the base of an API"),
         (["objective.1.temperature=2"], "temperature 2"),
         (["objective=[{type: hidden, pairs: [[0, 0]]}]"], "'hidden' term needs a teacher's hidden states"),
     ],
@@ -216,6 +217,21 @@ def test_a_key_that_is_not_there_is_missed_before_anything_is_asked(recipe, monk
     monkeypatch.delenv("TINY_KEY", raising=False)
     found = check_files(parse_recipe(recipe, ["teacher.key_variable=TINY_KEY"]))
     assert found == ["teacher.key_variable: the environment has no TINY_KEY; expected the server's key in it"]
+    monkeypatch.setenv("TINY_KEY", "s3cret\nkey")
+    (found,) = check_files(parse_recipe(recipe, ["teacher.key_variable=TINY_KEY"]))
+    assert "TINY_KEY holds what no header can carry" in found and "s3cret" not in found
+
+
+def test_a_key_from_a_file_may_end_with_its_line(spec, server, tokenizer, monkeypatch):
+    monkeypatch.setenv("TINY_KEY", "s3cret-key\r\n")
+    opened(spec, tokenizer, key_variable="TINY_KEY")
+    assert set(server.keys) == {"Bearer s3cret-key"}
+
+
+def test_a_server_that_is_nowhere_is_named_with_the_cause(spec, tokenizer, capsys):
+    with pytest.raises(RunError, match=r"teacher http://127\.0\.0\.1:9/v1: no connection \(.*refused.*\), for 0.1 seconds"):
+        opened(spec, tokenizer, url="http://127.0.0.1:9/v1", patience_seconds=0.1)
+    assert "refused" in capsys.readouterr().err
 
 
 # ---- training

@@ -19,9 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from limbeck import adapters, student
 from limbeck.batch import Batch, Signal
-from limbeck.cache import resolve_model
 from limbeck.learner import Learner
-from limbeck.models import DTYPES, blocks, head, recompute_activations
+from limbeck.models import blocks, head, load_architecture, recompute_activations
 from limbeck.objectives.base import HiddenTerm, Needs, needs_of
 from limbeck.objectives.head import LIVE_BUFFERS, Head, num_chunks
 from limbeck.recipe import Recipe
@@ -94,7 +93,7 @@ class Memory:
 def simulate(recipe: Recipe, shapes: Shapes) -> Memory:
     """The peak of one process. Needs config.json of student and teacher, and no weights."""
     spec_student, spec = recipe.for_training()
-    model = _model(spec_student.model, spec_student.revision, torch.float32)
+    model = load_architecture(spec_student.model, spec_student.revision)
     total = len(blocks(model))
     if (kept := spec_student.kept(total)) != list(range(total)):
         student.prune(model, kept)
@@ -191,15 +190,6 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def _model(name: str, revision: str | None, dtype: torch.dtype) -> Any:
-    """The architecture of a model, on the device that holds no numbers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(resolve_model(name), revision=revision, trust_remote_code=False)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-
-
 def _pretend(module: nn.Module, mode: FakeTensorMode) -> None:
     """Make parameters and buffers say that they are on a CPU, tied ones once: kernels are chosen by the device."""
     known: dict[int, Any] = {}
@@ -248,7 +238,7 @@ def _taught(teacher: Any, needs: Needs, mode: FakeTensorMode) -> Any:
     """The model of a live teacher; None where nothing is asked of one."""
     if not isinstance(teacher, ModelTeacher) or not needs.anything:
         return None
-    model = _model(teacher.model, teacher.revision, DTYPES[teacher.dtype]).requires_grad_(False).eval()
+    model = load_architecture(teacher.model, teacher.revision, teacher.dtype).requires_grad_(False).eval()
     _pretend(model, mode)
     return model
 

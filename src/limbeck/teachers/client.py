@@ -39,8 +39,8 @@ class BadAnswerError(Exception):
 class _PassingError(Exception):
     """A failure after which asking again may help."""
 
-    def __init__(self, cause: str, wait: float = 0.0) -> None:
-        super().__init__(cause)
+    def __init__(self, cause: str, wait: float = 0.0, said: str = "") -> None:
+        super().__init__(f"{cause} ({said})" if said else cause)
         self.cause, self.wait = cause, wait
 
 
@@ -51,7 +51,7 @@ class Client:
         import httpx
 
         self.url, self.name, self._patience = url.rstrip("/"), name, patience
-        self._key = os.environ.get(key_variable, "") if key_variable else ""
+        self._key = os.environ.get(key_variable, "").strip() if key_variable else ""
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._http = httpx.Client(headers=headers, timeout=timeout, limits=httpx.Limits(max_connections=connections))
         self.retries: Counter[str] = Counter()
@@ -111,7 +111,7 @@ class Client:
             ) from None
         except _PassingError as error:
             raise RunError(
-                f"teacher {self.url}: {error.cause}, for {self._patience:g} seconds (teacher.patience_seconds). What was done before "
+                f"teacher {self.url}: {error}, for {self._patience:g} seconds (teacher.patience_seconds). What was done before "
                 "stays, and goes on where the server answers again"
             ) from None
 
@@ -124,7 +124,8 @@ class Client:
         try:
             answer = self._http.request(method, f"{self.url}{path}", json=question)
         except (httpx.HTTPError, RuntimeError) as error:  # a closed client is a RuntimeError
-            raise _PassingError("no answer in time" if isinstance(error, httpx.TimeoutException) else "no connection") from None
+            cause = "no answer in time" if isinstance(error, httpx.TimeoutException) else "no connection"
+            raise _PassingError(cause, said=self._plain(str(error))[:200]) from None
         if answer.status_code != 200:
             raise self._refused(answer)
         try:
@@ -156,7 +157,7 @@ class Client:
             self.retries[cause] += 1
             count = self.retries[cause]
         if not count & (count - 1):  # the first, second, fourth ...: a server that is down for an hour fills no log
-            warn(f"teacher {self.url}: asked again: {self.in_words()}" + (f" (last: {error})" if cause == "bad answer" else ""))
+            warn(f"teacher {self.url}: asked again: {self.in_words()}" + (f"; last: {error}" if str(error) != cause else ""))
 
 
 def _error_of(state: Any) -> BaseException | None:

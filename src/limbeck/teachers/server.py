@@ -57,7 +57,11 @@ class ServerTeacher(ToldTeacher):
         parts = urlsplit(url)
         if parts.username or parts.password or parts.query:
             raise ValueError("found a URL that holds a key, which would be written down; set key_variable to a variable that holds it")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # a port that is none
+            is_address = False
+        if not is_address:
             raise ValueError(f"found {url!r}, expected the base of an API: http://127.0.0.1:8000/v1")
         return url
 
@@ -73,8 +77,13 @@ class ServerTeacher(ToldTeacher):
         resolve_tokenizer(self.tokenizer)
         if missing := [name for name in ("httpx", "tenacity") if find_spec(name) is None]:
             raise RecipeError(f"teacher.type: 'server' needs {missing[0]!r}, which is not installed: pip install 'limbeck[server]'")
-        if self.key_variable is not None and not os.environ.get(self.key_variable):
+        if self.key_variable is None:
+            return
+        key = os.environ.get(self.key_variable, "").strip()
+        if not key:
             raise RecipeError(f"teacher.key_variable: the environment has no {self.key_variable}; expected the server's key in it")
+        if not (key.isascii() and key.isprintable()):
+            raise RecipeError(f"teacher.key_variable: {self.key_variable} holds what no header can carry; expected a line of ASCII")
 
     def open(self, tokenizer: Any, needs: Needs, device: str = "cpu") -> ServerScorer:
         from limbeck.models import load_tokenizer
