@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 
+from limbeck.evaluate import cases
 from limbeck.evaluate.cases import choose, files_hash, in_batches
 
 ROWS = [f"row-{i}" for i in range(50)]
@@ -39,3 +41,13 @@ def test_files_hash_is_of_content(write_jsonl):
     one, same, other = write_jsonl([{"a": 1}], "1.jsonl"), write_jsonl([{"a": 1}], "2.jsonl"), write_jsonl([{"a": 2}], "3.jsonl")
     assert files_hash([str(one)]) == files_hash([str(same)]) != files_hash([str(other)])
     assert files_hash([str(one), str(other)]) != files_hash([str(other), str(one)])
+
+
+def test_a_file_is_hashed_anew_once_it_has_changed(write_jsonl, monkeypatch):
+    file, read = write_jsonl([{"a": 1}], "grows.jsonl"), []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(cases.hashlib, "file_digest", lambda stream, name: read.append(stream.name) or digest(stream, name))
+    first = files_hash([str(file)])
+    assert files_hash([str(file)]) == first and len(read) == 1
+    file.write_text(file.read_text() + "{}\n")
+    assert files_hash([str(file)]) != first and len(read) == 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import TypeVar
 
 from limbeck.cache import resolve_data
@@ -43,5 +45,14 @@ def files_hash(names: Sequence[str]) -> str:
     """SHA-256 over the content of data files, wherever they lie."""
     digest = hashlib.sha256()
     for name in names:
-        digest.update(hashlib.sha256(resolve_data(name).read_bytes()).digest())
+        file = resolve_data(name).resolve()
+        about = file.stat()
+        digest.update(_content_hash(file, about.st_ino, about.st_size, about.st_mtime_ns))
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _content_hash(file: Path, inode: int, size: int, changed: int) -> bytes:
+    """SHA-256 of a file that has not changed since: a study asks again for every run that it may have."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
