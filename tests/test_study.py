@@ -242,6 +242,20 @@ def test_edited_data_are_other_data(make_study, tmp_path, trained):
     assert trained == ["sft/seed-0"] * 2
 
 
+def test_an_edited_function_makes_other_data(make_study, tmp_path, monkeypatch):
+    """`convert` is the user's code, and decides what is trained on as much as the file does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "edited_rows", raising=False)
+    study = make_study().model_dump(mode="json")
+    study["base"]["source"]["data"] = {"path": study["base"]["source"]["data"], "convert": "edited_rows:same"}
+    keys = []
+    for code in ("def same(row): return row", "def same(row): return dict(row)"):
+        Path("edited_rows.py").write_text(code)
+        ledger = Ledger(Study.model_validate(study), tmp_path / "s")
+        keys.append(ledger.key(ledger.tasks()[0]))
+    assert keys[0] != keys[1]
+
+
 def test_an_added_benchmark_is_measured_alone(copied, make_study, trained):
     base = make_study().model_dump(mode="json")["base"]
     base["evaluate"] = [*base["evaluate"], base["evaluate"][1] | {"name": "again", "limit": 2}]

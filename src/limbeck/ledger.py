@@ -142,6 +142,8 @@ class Ledger:
         tree["data"] = content_of(recipe)
         if recipe.plugins:
             tree["plugins"] = plugins.contents(recipe.plugins)
+        if modules := getattr(recipe.source, "modules", []):
+            tree["convert"] = plugins.contents(modules)
         if not asks_teacher(recipe):
             del tree["teacher"]
         elif self.study.capture:

@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Iterable
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,12 +45,11 @@ def load(tree: Any) -> Any:
 
 
 def contents(names: Iterable[str]) -> dict[str, str | None]:
-    """SHA-256 of each plugin's file: a plugin that was edited makes another run."""
+    """SHA-256 of each module's file: one that was edited makes another run."""
     found = {}
     for name in names:
-        spec = find_spec(name)
-        file = Path(spec.origin) if spec and spec.origin else None
-        found[name] = hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else None
+        file = Path(getattr(imported(name, "plugins", RecipeError), "__file__", None) or "")
+        found[name] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
     return found
 
 

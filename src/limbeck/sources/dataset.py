@@ -65,6 +65,11 @@ class DatasetSource(Source):
         return [part.path for part in self.sets if part.path is not None]
 
     @property
+    def modules(self) -> list[str]:
+        """Modules of the user's whose functions make rows."""
+        return [part.convert.partition(":")[0] for part in self.sets if part.convert is not None]
+
+    @property
     def weights(self) -> list[float]:
         """The sets' weights; empty where they have none."""
         return [part.weight for part in self.sets if part.weight is not None]
