@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from limbeck.errors import LimbeckError
+from limbeck.log import progress
 from limbeck.recipe import Recipe, parse_recipe
 
 
@@ -46,19 +47,23 @@ def cheapest(recipe: Recipe, limit: float, peak_of: Callable[[Recipe], float], p
     """Changes with which the peak is at most `limit` bytes, and that peak. One alone where one is enough, else each on top of those before
     it. All of them, where even that is too much."""
     candidates = _usable(recipe, changes(recipe, processes), processes)
-    peaks: dict[Change, float] = {}
-    for change in candidates:
-        peaks[change] = peak_of(parse_recipe(recipe, change.overrides))
-        if peaks[change] <= limit:
-            return [change], peaks[change]
-    taken: list[Change] = []
-    peak = peak_of(recipe) if not peaks else min(peaks.values())
-    for change in _last_of_each(candidates):
-        taken.append(change)
-        peak = peak_of(parse_recipe(recipe, [override for each in taken for override in each.overrides]))
-        if peak <= limit:
-            break
-    return taken, peak
+    if not candidates:
+        return [], peak_of(recipe)
+    together = _last_of_each(candidates)
+    # a step of many blocks takes seconds to simulate
+    with progress("what would make it fit", len(candidates) + len(together) - 1) as bar:
+        for change in candidates:
+            peak = peak_of(parse_recipe(recipe, change.overrides))
+            bar.advance(note=" ".join(change.overrides))
+            if peak <= limit:
+                return [change], peak
+        for count in range(2, len(together) + 1):
+            overrides = [override for each in together[:count] for override in each.overrides]
+            peak = peak_of(parse_recipe(recipe, overrides))
+            bar.advance(note=" ".join(overrides))
+            if peak <= limit:
+                return together[:count], peak
+    return together, peak
 
 
 def _usable(recipe: Recipe, candidates: list[Change], processes: int) -> list[Change]:
