@@ -163,3 +163,18 @@ def test_unknown_data_names_the_nearest_file_or_what_is_known(folders):
 def test_names_that_are_no_data(name):
     with pytest.raises(DataError, match="no such file or data set"):
         cache.resolve_data(name)
+
+
+def test_a_folder_is_no_file_of_data_and_every_set_is_named_once(folders):
+    (folders / "cwd" / "rows").mkdir()
+    (folders / "cache" / "data" / "limbeck").mkdir(parents=True)
+    (folders / "cache" / "data" / "limbeck" / "demo-train.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"data 'rows': a folder, expected a file; known data sets: ") as error:
+        cache.resolve_data("rows")
+    assert str(error.value).count("limbeck/demo-train") == 1
+
+
+def test_a_run_has_its_model_in_a_folder_of_its_own(folders):
+    make_model(folders / "cwd" / "run" / "student")
+    with pytest.raises(ModelError, match=r"model 'run/': the folder has no config\.json; .*did you mean 'run/student'\?"):
+        cache.resolve_model("run/")

@@ -40,7 +40,8 @@ def resolve_model(name: str) -> str:
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):  # os.path, here and below: Path raises for a name that is too long
         if not (path / "config.json").is_file():
-            raise ModelError(f"model {name!r}: the folder has no config.json; expected a model saved by save_pretrained")
+            hint = f"; did you mean {name.rstrip('/') + '/student'!r}?" if (path / "student" / "config.json").is_file() else ""
+            raise ModelError(f"model {name!r}: the folder has no config.json; expected a model saved by save_pretrained{hint}")
         return str(path)
     cached = cache_dir() / "models" / name
     if os.path.isfile(cached / "config.json"):
@@ -121,10 +122,11 @@ def resolve_data(name: str) -> Path:
         if os.path.isfile(candidate):
             return candidate
     shipped = [str(file.relative_to(shipped_dir).with_suffix("")) for file in shipped_dir.glob("**/*.jsonl")]
-    siblings = [str(file) for file in path.parent.glob("*.jsonl")] if path.parent.is_dir() else []
-    known = cached_data() + shipped
+    siblings = [str(file) for file in path.parent.glob("*.jsonl")] if os.path.isdir(path.parent) else []
+    known = sorted({*cached_data(), *shipped})
+    what = "a folder, expected a file" if os.path.isdir(path) else "no such file or data set"
     hint = (
         nearest(name, known + siblings)
         or f"; known data sets: {', '.join(known) or 'none'} (`limbeck assets list` shows what can be fetched)"
     )
-    raise DataError(f"data {name!r}: no such file or data set{hint}")
+    raise DataError(f"data {name!r}: {what}{hint}")
