@@ -211,6 +211,28 @@ def test_the_error_is_the_same_in_a_process_of_its_own():
     assert (done.returncode, done.stdout, done.stderr) == (2, json.dumps({"error": message}) + "\n", f"error: {message}\n")
 
 
+def test_a_result_that_cannot_be_written_is_one_message():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "limbeck", "init", "sft", "--out", "new.yaml", "--json"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: system: No space left on device"
+
+
+def test_a_result_comes_from_the_main_process_alone(run, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert run("init", "sft", "--out", "new.yaml", "--json") == (0, "", "")
+    code, out, err = run("train", "nowhere.yaml", "--json")
+    assert (code, out) == (2, "") and err.startswith("error: nowhere.yaml: no such file")
+
+
+def test_a_long_path_is_whole_on_a_narrow_terminal(run, monkeypatch, folder):
+    from limbeck import log
+
+    shutil.copytree(Path(yaml.safe_load(Path("recipe.yaml").read_text())["student"]["model"]), long := folder / ("model-" * 12))
+    monkeypatch.setattr(log.console, "_width", 60)
+    code, _, err = run("check", "recipe.yaml", f"student.model={long}")
+    assert code == 0 and "\u2026" not in err and str(long) in "".join(err.split())
+
+
 # ---- misuse
 
 

@@ -124,7 +124,7 @@ def resolve_data(name: str) -> Path:
     shipped = [str(file.relative_to(shipped_dir).with_suffix("")) for file in shipped_dir.glob("**/*.jsonl")]
     siblings = [str(file) for file in path.parent.glob("*.jsonl")] if os.path.isdir(path.parent) else []
     known = sorted({*cached_data(), *shipped})
-    what = "a folder, expected a file" if os.path.isdir(path) else "no such file or data set"
+    what = "a folder, expected a file" if name and os.path.isdir(path) else "no such file or data set"
     hint = (
         nearest(name, known + siblings)
         or f"; known data sets: {', '.join(known) or 'none'} (`limbeck assets list` shows what can be fetched)"

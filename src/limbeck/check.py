@@ -57,11 +57,11 @@ def diagnose(path: str | Path, overrides: Iterable[str] = (), headroom: bool = F
 
 def show(found: dict[str, Any]) -> None:
     """What a recipe will do, a line each, on the terminal."""
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     for name, recipe in found["arms"].items() if found["kind"] == "study" else [("", found)]:
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table = Table(Column(), Column(overflow="fold"), box=None, show_header=False, padding=(0, 2, 0, 0))  # paths are to be copied
         if name:
             table.add_row(Text("arm"), Text(name))
         for key, value in recipe.items():

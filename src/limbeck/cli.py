@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -343,7 +344,7 @@ def in_order(arguments: list[str]) -> list[str]:
 
 def _fail(message: str) -> NoReturn:
     message = without_secrets(message)
-    if "--json" in sys.argv:
-        print(json.dumps({"error": message}))
+    with suppress(OSError):  # which may be what failed
+        finish({"error": message}, "--json" in sys.argv)
     alert(f"error: {message}", style="red")
     sys.exit(2)

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from limbeck.log import is_main_process
+
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key.path=value.", metavar="[KEY=VALUE]...")]
 StoreOut = Annotated[Path | None, typer.Option(help="Folder of the store; overrides capture.path.")]
@@ -64,5 +66,6 @@ def captured(recipe: Any, manifest: Any) -> dict[str, Any]:
 
 
 def finish(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result))
+    """The result on standard output, from the main process: the last thing of a command, and there before it ends."""
+    if as_json and is_main_process():
+        print(json.dumps(result), flush=True)

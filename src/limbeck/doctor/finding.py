@@ -33,10 +33,10 @@ def is_go(findings: Iterable[Finding]) -> bool:
 
 def show(findings: Iterable[Finding]) -> None:
     """A row per finding on the terminal. What it quotes is foreign text: no markup, and control characters in their escapes."""
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table("check", "", "found", box=None, padding=(0, 2, 0, 0))
+    table = Table("check", "", Column("found", overflow="fold"), box=None, padding=(0, 2, 0, 0))
     for finding in findings:
         table.add_row(Text(visible(finding.check)), Text(finding.level, style=_COLOURS[finding.level]), Text(visible(finding.message)))
     console.print(table)
