@@ -23,6 +23,7 @@ from limbeck.conduct import run_study
 from limbeck.errors import LimbeckError, RecipeError, RunError
 from limbeck.ledger import Ledger
 from limbeck.protocol import declared_primary
+from limbeck.report.records import RunRecord
 from limbeck.run import Run
 from limbeck.study import Study, digest, load_study
 
@@ -450,6 +451,21 @@ def test_rates_are_chosen_on_validation_data(make_study, tmp_path, trained):
     trained.clear()
     run_study(study, tmp_path / "s")
     assert not trained
+
+
+def test_a_metric_of_the_harness_says_itself_which_way_is_better(make_study, tmp_path, monkeypatch):
+    tune = {"learning_rates": [1e-3, 1e-2], "evaluate": {"type": "harness", "task": "owner"}}
+    losses = {1e-3: 2.0, 1e-2: 1.0}
+
+    def recorded(self, task):
+        metrics = {"loss": {"value": losses[task.rate], "higher_is_better": False}}
+        return RunRecord(task.arm, task.seed, {}, {}, {}, {}, [], {"owner": {"metrics": metrics}})
+
+    monkeypatch.setattr(Ledger, "recorded", recorded)
+    changes = {"arms": {"sft": ARMS["sft"]}, "references": False}
+    assert Ledger(make_study(**changes, tune=tune), tmp_path).rate_of("sft") == 1e-2
+    with pytest.raises(RunError, match=r"tune\.metric: found 'lss', expected one that 'owner' measured: loss"):
+        Ledger(make_study(**changes, tune=tune | {"metric": "lss"}), tmp_path).rate_of("sft")
 
 
 def test_a_directory_of_something_else_is_left_alone(make_study, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 
 from limbeck import plugins, protocol
 from limbeck.arms import Arm
+from limbeck.errors import RunError
 from limbeck.evaluate import Benchmark
 from limbeck.flops import asks_teacher
 from limbeck.recipe import Recipe, parse_recipe
@@ -57,7 +58,7 @@ class Ledger:
         self.results = Path(results) if results is not None else self.path
         self.arms: dict[str, Arm] = study.plan()
         self._identities: dict[str, dict[str, Any]] = {}
-        self._tried: dict[str, dict[float, float]] = {}
+        self._tried: dict[str, dict[float, dict[str, Any]]] = {}
 
     @property
     def base(self) -> Recipe:
@@ -103,17 +104,20 @@ class Ledger:
         if self.arms[arm].role == "planted" and _plants_rate(self.study):
             return None
         tuned = arm if self.arms[arm].role == "arm" else self.study.baseline
-        found, tune = self.tried(tuned), self.study.tune
         if len(grid := self._grid(tuned)) == 1:
             return grid[0]
-        if tune is None or not found:
+        found = self.tried(tuned)
+        if not found:
             return None
-        up = tune.evaluate.higher_is_better
-        best = max if up.get((tune.metric or next(iter(up), "")).partition("/")[0], True) else min
+        best = max if all(its["higher_is_better"] for its in self._validated(tuned).values()) else min
         return best(sorted(found), key=lambda rate: found[rate])  # of equals the lowest
 
     def tried(self, arm: str) -> dict[float, float]:
         """The validation score of every rate of an arm; empty until all of them are there."""
+        return {rate: its["value"] for rate, its in self._validated(arm).items() if its["value"] is not None}
+
+    def _validated(self, arm: str) -> dict[float, dict[str, Any]]:
+        """The validation metric at every rate of an arm; empty until all of them are there."""
         if arm in self._tried:
             return self._tried[arm]
         tasks = [task for task in self.tuning_tasks() if task.arm == arm]
@@ -121,10 +125,16 @@ class Ledger:
         if not tasks or None in found.values():
             return {}
         assert self.study.tune is not None
-        metrics = {rate: record.evals[self.study.tune.evaluate.key]["metrics"] for rate, record in found.items() if rate and record}
-        values = {rate: its[self.study.tune.metric or next(iter(its))]["value"] for rate, its in metrics.items()}
-        self._tried[arm] = {rate: value for rate, value in values.items() if value is not None}
-        return self._tried[arm]
+        benchmark, metric = self.study.tune.evaluate.key, self.study.tune.metric
+        validated = {}
+        for rate, record in found.items():
+            metrics = record.evals[benchmark]["metrics"] if record else {}
+            if metric and metric not in metrics:  # what the harness will measure is not known before
+                raise RunError(f"tune.metric: found {metric!r}, expected one that {benchmark!r} measured: {', '.join(metrics)}")
+            if rate and metrics:
+                validated[rate] = metrics[metric or next(iter(metrics))]
+        self._tried[arm] = validated
+        return validated
 
     def parent(self, task: Task) -> Task | None:
         """The run whose student this one starts from: of the same seed, or in tuning the parent's best."""
