@@ -197,6 +197,12 @@ def test_urls_lose_their_secrets(text: str, shown: str) -> None:
     assert without_secrets(text) == shown
 
 
+def test_rows_may_talk_of_addresses(recipe: dict[str, Any]) -> None:
+    rows = [{"text": "git clone ssh://git@host/code and open https://host/?token=x"}]
+    parsed = limbeck.parse_recipe({**recipe, "source": {"type": "dataset", "data": {"rows": rows}}})
+    assert parsed.source.data.rows == rows
+
+
 @pytest.mark.parametrize("url", ["https://ann:hunter2@host/store", "s3://bucket/store?token=hunter2"])
 def test_a_recipe_with_a_secret_in_it_is_refused_without_showing_it(recipe: dict[str, Any], url: str) -> None:
     with pytest.raises(RecipeError, match=r"capture\.path: found a URL that holds a key or a password") as caught:

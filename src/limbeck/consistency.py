@@ -9,9 +9,9 @@ from limbeck.objectives import HiddenTerm, OutputTerm
 
 
 def secret_in(tree: Any, where: str = "") -> str:
-    """The key of the first value that holds a secret; empty where none does."""
+    """The key of the first value that holds a secret; empty where none does. Rows are data: what looks like one there is a text."""
     if isinstance(tree, dict | list):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        items = [(key, value) for key, value in tree.items() if key != "rows"] if isinstance(tree, dict) else list(enumerate(tree))
         return next(filter(None, (secret_in(value, f"{where}.{key}") for key, value in items)), "")
     return where.lstrip(".") if isinstance(tree, str) and without_secrets(tree) != tree else ""
 
