@@ -159,6 +159,8 @@ class _Capture:
         self.scorer: ModelScorer | ToldScorer = self.teacher.open(self.tokenizer, self.needs, world.device)
         for samples, _ in groups:
             self.scorer.require(samples)
+        if isinstance(self.scorer, ToldScorer):
+            self.wanted = self.scorer.arranged(self.wanted)
 
     def run(self) -> Manifest:
         if self.world.is_main:

@@ -14,6 +14,7 @@ from captures import ROWS, samples_of
 from distillkit_writer import CURRENT, LEGACY, current_row, legacy_row, sample, write
 
 import limbeck
+from limbeck.calibration import Signals
 from limbeck.cli import main
 from limbeck.errors import RecipeError, StoreError
 from limbeck.importing import importing_recipe
@@ -168,6 +169,18 @@ def test_the_command_line_imports(live, recipe, tokenizer, tmp_path, capsys, mon
     assert ended.value.code in (0, None) and found["samples"] == 3
     assert found["codec"] == {"type": "topk", "k": 16, "step": STEP, "temperatures": [1.0], "prior": False}
     assert read_manifest(tmp_path / "store").teacher.name == "them"
+
+
+def test_row_groups_are_read_one_after_the_other(live, recipe, tokenizer, tmp_path, monkeypatch):
+    """Samples are captured by their length elsewhere, and a group that is read again for each of its rows would take for ever."""
+    folder = captured(live, tmp_path / "theirs", CURRENT, tokenizer)
+    read = Files.read
+    groups = []
+    monkeypatch.setattr(Files, "read", lambda self, at: groups.append((at.file, at.group)) or read(self, at))
+    monkeypatch.setattr(Signals, "all", [])
+    limbeck.capture(importing_recipe(recipe, folder, ["capture.batch_size=1"], out=tmp_path / "store"))
+    changes = sum(one != other for one, other in zip(groups, groups[1:], strict=False))
+    assert len(set(groups)) > 1 and changes == len(set(groups)) - 1
 
 
 def test_other_data_are_refused_with_the_share_that_is_missing(live, recipe, tokenizer, tmp_path):

@@ -154,7 +154,7 @@ def read_settings(folder: str | Path, file: str | Path | None = None) -> Setting
     return validate(Legacy, tree, where) if "vocab_size" in tree else validate(Current, tree, where)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Row:
     """Where a document lies: the file, its row group and the row in it."""
 
@@ -179,7 +179,7 @@ class Files:
                 raise StoreError(
                     f"{path}: found no column {lacking[0]!r}, expected it by these settings; captures in the {other} codec have others"
                 )
-        self._last: tuple[tuple[int, int], list[dict[str, Any]]] = ((-1, -1), [])
+        self._last: tuple[tuple[int, int], Any] = ((-1, -1), None)
 
     def documents(self) -> Iterator[tuple[Row, np.ndarray]]:
         """Every document's token ids."""
@@ -193,9 +193,9 @@ class Files:
         """Ids and values `[n, k]` for the tokens after the first n of a document."""
         if self._last[0] != (at.file, at.group):
             table = self._files[at.file].read_row_group(at.group, columns=list(self._settings.columns))
-            self._last = ((at.file, at.group), table.to_pylist())
+            self._last = ((at.file, at.group), table)
         try:
-            return self._settings.decode(self._last[1][at.row])
+            return self._settings.decode(self._last[1].slice(at.row, 1).to_pylist()[0])
         except ValueError as error:
             raise StoreError(f"{self.paths[at.file]}: {error}; the settings are not those with which it was written") from None
 

@@ -15,6 +15,7 @@ from limbeck.errors import ModelError, StoreError
 from limbeck.objectives.base import Needs
 from limbeck.store.distillkit import MASS_ERROR, Files, Legacy, Row, Settings, read_settings
 from limbeck.store.manifest import TeacherIdentity
+from limbeck.store.plan import Wanted
 from limbeck.teachers.told import Document, Told, ToldScorer, ToldTeacher, documents
 from limbeck.tokens.sample import Sample
 
@@ -102,6 +103,10 @@ class DistillKitScorer(ToldScorer):
                 "documents have other token ids. Expected the data, template and tokenizer of the capture; several documents in a row of "
                 "it cannot be told apart"
             )
+
+    def arranged(self, wanted: Sequence[Wanted]) -> list[Wanted]:
+        """As they lie on the disk: a row group is read whole, and may be as large as its file."""
+        return sorted(wanted, key=lambda one: self._find(_asked(one.sample)) or Row(0, 0, 0))
 
     def _find(self, ids: np.ndarray) -> Row | None:
         """The document that is, or begins with, these ids: DistillKit adds a padding token, and may have cut later than we do."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from limbeck.objectives.base import Needs
 from limbeck.store import Codec
+from limbeck.store.plan import Wanted
 from limbeck.store.top_k import TopTokens
 from limbeck.teachers.base import Provides, Teacher
 from limbeck.tokens.sample import Sample
@@ -99,6 +100,10 @@ class ToldScorer:
 
     def require(self, samples: Sequence[Sample]) -> None:
         """Refuse samples that this teacher cannot score."""
+
+    def arranged(self, wanted: Sequence[Wanted]) -> list[Wanted]:
+        """Samples in the order in which a capture had best ask for them."""
+        return list(wanted)
 
     def verify_packing(self) -> None:
         """Documents are asked for one by one, in whatever row they stand."""
