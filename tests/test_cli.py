@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -213,7 +214,9 @@ def test_the_error_is_the_same_in_a_process_of_its_own():
 
 def test_a_result_that_cannot_be_written_is_one_message():
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "limbeck", "init", "sft", "--out", "new.yaml", "--json"], stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "limbeck", "init", "sft", "--out", "new.yaml", "--json"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == "error: system: No space left on device"
 
 
@@ -297,6 +300,17 @@ def test_check(works, run):
     assert found["kind"] == "recipe" and found["num_conversations"] == len(ROWS) and found["student_shape"]["num_layers"] == 4
     code, out, err = run("check", "recipe.yaml")
     assert (code, out) == (0, "") and "recipe.yaml: valid recipe" in err
+
+
+def test_check_says_for_what_a_recipe_is_good(run, works):
+    assert works("check", "recipe.yaml", "capture={path: store}")["verbs"] == ["train"]  # with no teacher, nothing is captured
+    _, _, err = run("check", "recipe.yaml", "objective=[]")
+    assert err.endswith("recipe.yaml: valid recipe for no verb: it has no objective, train or evaluate; go\n")
+
+
+def test_the_version(run):
+    code, out, _ = run("--version")
+    assert (code, out) == (0, f"limbeck {metadata.version('limbeck')}\n")
 
 
 def test_check_of_a_study(works, folder):

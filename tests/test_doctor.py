@@ -192,7 +192,7 @@ def test_the_exit_code_says_go(pair: dict[str, Any], tmp_path: Path, monkeypatch
         return int(left.value.code or 0), json.loads(captured.out), captured.err
 
     code, result, err = run(pair)
-    assert (code, result["go"]) == (0, True) and "valid recipe; go" in err
+    assert (code, result["go"]) == (0, True) and "valid recipe for train; go" in err
     code, result, err = run(pair | {"evaluate": [{"type": "bits_per_byte", "data": {"rows": ROWS}}]})
     assert (code, result["go"]) == (1, False) and "no go" in err
     arms = {"a": {}, "b": {"train": {"steps": 2}}, "c": {"source": {"max_length": 40}}}

@@ -66,6 +66,7 @@ def test_the_command_line(study, tmp_path, capsys, monkeypatch):
 
     planned, shown = command("--dry-run")
     assert planned["num_runs"] == 3 and "3 runs to make, 0 recorded" in shown
+    assert f"over {planned['memory_mb']:,.0f}" in shown, "activations are not counted"
     assert not (tmp_path / "work").exists() and not (tmp_path / "results").exists()
     figures, _ = command()
     assert Path(figures["report"]["html"]).parent == tmp_path / "results"

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.errors import RecipeError
-from limbeck.log import console
+from limbeck.log import console, say
 from limbeck.objectives import HiddenTerm
 from limbeck.recipe import Recipe, check_files, is_study
 from limbeck.recipe import parse_recipe as parse
@@ -65,9 +65,22 @@ def show(found: dict[str, Any]) -> None:
         if name:
             table.add_row(Text("arm"), Text(name))
         for key, value in recipe.items():
-            if value not in (None, [], {}) and key != "kind":
+            if value not in (None, [], {}) and key not in ("kind", "verbs"):
                 table.add_row(Text(key.replace("_", " ").removeprefix("num ")), Text(_in_words(value)))
         console.print(table)
+
+
+def show_diagnoses(path: str | Path, found: dict[str, Any], diagnoses: Mapping[str, Sequence[Finding]]) -> None:
+    """What the doctor found, and a last line: for what the file is good, and whether to go on."""
+    from limbeck.doctor.finding import show as show_findings
+
+    for arms, findings in diagnoses.items():
+        say(f"\narms: {arms}" if arms else "")
+        show_findings(findings)
+    unseen = any(finding.level == "unknown" for findings in diagnoses.values() for finding in findings)
+    verdict = "no go: see what says stop" if not found["go"] else "go, as far as could be looked at" if unseen else "go"
+    verbs = "" if found["kind"] == "study" else f" for {', '.join(found['verbs']) or 'no verb: it has no objective, train or evaluate'}"
+    say(f"{path}: valid {found['kind']}{verbs}; {verdict}")
 
 
 def _in_words(value: Any) -> str:
@@ -95,12 +108,23 @@ def describe(recipe: Recipe, where: str) -> dict[str, Any]:
         "objective": {key: term.model_dump(mode="json") for key, term in recipe.terms.items()},
         "num_conversations": _num_conversations(recipe),
         "benchmarks": [benchmark.key for benchmark in recipe.evaluate],
+        "verbs": _verbs(recipe),
     }
     if shape and provided.num_layers:
         hidden = {key: term for key, term in recipe.terms.items() if isinstance(term, HiddenTerm) and term.is_settled}
         maps = {key: term.layer_pairs(shape[0], provided.num_layers) for key, term in hidden.items()}
         found["layer_pairs"] = {key: [list(pair) for pair in pairs] for key, pairs in maps.items()}
     return found
+
+
+def _verbs(recipe: Recipe) -> list[str]:
+    """What a recipe has the sections for."""
+    has = {
+        "train": recipe.student is not None and recipe.train is not None and bool(recipe.objective),
+        "capture": recipe.capture is not None and recipe.teacher.computes,
+        "eval": bool(recipe.evaluate),
+    }
+    return [verb for verb, is_there in has.items() if is_there]
 
 
 def _num_conversations(recipe: Recipe) -> int | None:

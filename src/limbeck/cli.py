@@ -22,6 +22,7 @@ from limbeck.cli_options import (
     Overrides,
     RecipeFile,
     StoreOut,
+    Version,
     Where,
     WorkerCpus,
     WorkerGpus,
@@ -64,6 +65,7 @@ class SchemaOf(StrEnum):
 def modes(
     plain: Annotated[bool, typer.Option("--plain", help="No bars and no colours: a line now and then, for log files.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and errors, and what --json prints.")] = False,
+    version: Version = False,
 ) -> None:
     """How much is shown; LIMBECK_LOG=plain or quiet does the same."""
     set_mode("quiet" if quiet else "plain" if plain else os.environ.get(MODE_VARIABLE) or "auto")
@@ -109,9 +111,8 @@ def check(
 ) -> None:
     """Validate a recipe or study, and say whether student, teacher and data fit together. Exit code 1: they do not."""
     from limbeck.check import check as run_check
-    from limbeck.check import diagnose, show
+    from limbeck.check import diagnose, show, show_diagnoses
     from limbeck.doctor.finding import is_go
-    from limbeck.doctor.finding import show as show_findings
 
     found = run_check(recipe, overrides or [])
     if not as_json:
@@ -124,12 +125,7 @@ def check(
     found["findings"] = {arms: [finding.to_json() for finding in findings] for arms, findings in diagnoses.items()}
     found["go"] = all(map(is_go, diagnoses.values()))
     if not as_json:
-        for arms, findings in diagnoses.items():
-            say(f"\narms: {arms}" if arms else "")
-            show_findings(findings)
-        unseen = any(finding.level == "unknown" for findings in diagnoses.values() for finding in findings)
-        verdict = "no go: see what says stop" if not found["go"] else "go, as far as could be looked at" if unseen else "go"
-        say(f"{recipe}: valid {found['kind']}; {verdict}")
+        show_diagnoses(recipe, found, diagnoses)
     finish(found, as_json)
     if not found["go"]:
         raise typer.Exit(NO_GO)

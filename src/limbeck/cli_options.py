@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,14 @@ import typer
 
 from limbeck.log import is_main_process
 
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"limbeck {metadata.version('limbeck')}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", help="Show the version, and end.", callback=_show_version, is_eager=True)]
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key.path=value.", metavar="[KEY=VALUE]...")]
 StoreOut = Annotated[Path | None, typer.Option(help="Folder of the store; overrides capture.path.")]

@@ -27,11 +27,12 @@ def importing_recipe(
     if tokenizer is None:
         raise RecipeError(f"{recipe}: student: missing; expected a model whose tokenizer renders the data")
     section = tree.get("capture") or {}
-    codec = section.get("codec") or {"type": "topk", "k": read_settings(folder, settings).k, "prior": False}
+    if isinstance(section, dict):  # else the recipe is refused
+        codec = section.get("codec") or {"type": "topk", "k": read_settings(folder, settings).k, "prior": False}
+        section = {**section, **({"path": str(out)} if out else {}), "codec": codec}
     known = {"path": str(folder), "tokenizer": tokenizer, "settings": str(settings) if settings else None, "name": teacher}
     kept = {key: value for key, value in tree.items() if key not in ("objective", "train", "evaluate")}
-    path = {"path": str(out)} if out else {}
-    changed = {**kept, "teacher": {"type": "distillkit", **known}, "capture": {**section, **path, "codec": codec}}
+    changed = {**kept, "teacher": {"type": "distillkit", **known}, "capture": section}
     parsed = parse_recipe(changed, where=str(recipe))
     require_files(parsed, str(recipe))
     parsed.for_capture()

@@ -40,7 +40,7 @@ def set_mode(mode: str) -> None:
         raise LimbeckError(f"{MODE_VARIABLE}: found {mode!r}, expected one of: {', '.join(MODES)}{nearest(mode, MODES)}")
     _mode = mode
     console.quiet = mode == "quiet"
-    console.no_color = _alerts.no_color = mode == "plain" or "NO_COLOR" in os.environ
+    console.no_color = _alerts.no_color = mode == "plain" or bool(os.environ.get("NO_COLOR"))
 
 
 def visible(text: str) -> str:

@@ -315,7 +315,7 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
     path = Path(path)
     tree = load_yaml(path)
     if "arms" not in tree and "source" in tree:
-        raise RecipeError(f"{path}: found a recipe, expected a study; `limbeck train {path}` trains it, `limbeck init study` writes a study")
+        raise RecipeError(f"{path}: found a recipe, expected a study; `limbeck train {path}` trains it")
     if isinstance(tree.get("base"), str):
         tree["base"] = load_yaml(path.parent / tree["base"])
     study = validate(Study, override(tree, overrides), str(path))

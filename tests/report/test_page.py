@@ -186,6 +186,15 @@ def test_headroom_says_when_the_teacher_has_nothing_to_give(tmp_path):
     assert "distillation is not expected to beat fine-tuning" in markdown and "something to learn" not in markdown
 
 
+def test_steps_that_a_record_left_out_are_not_counted_as_there(tmp_path):
+    path = fake.study(tmp_path / "s")
+    for file in path.glob("arms/*/*/metrics.jsonl"):
+        rows = [line for line in file.read_text().splitlines() if json.loads(line)["step"] % 3 == 0]
+        file.write_text("".join(line + "\n" for line in rows))
+    kept = len(rows) // 4
+    assert kept > 1 and f"In {kept} of the last {3 * kept - 2} training steps, teacher" in read(path)[1]
+
+
 def test_headroom_on_held_out_text_goes_first(tmp_path):
     """Training loss is low on what was seen often; held-out text decides whether there is something to learn."""
     path = fake.study(tmp_path / "s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -179,8 +180,13 @@ def test_row_groups_are_read_one_after_the_other(live, recipe, tokenizer, tmp_pa
     monkeypatch.setattr(Files, "read", lambda self, at: groups.append((at.file, at.group)) or read(self, at))
     monkeypatch.setattr(Signals, "all", [])
     limbeck.capture(importing_recipe(recipe, folder, ["capture.batch_size=1"], out=tmp_path / "store"))
-    changes = sum(one != other for one, other in zip(groups, groups[1:], strict=False))
+    changes = sum(one != other for one, other in pairwise(groups))
     assert len(set(groups)) > 1 and changes == len(set(groups)) - 1
+
+
+def test_a_section_that_is_none_is_refused(recipe, theirs):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: capture: found 5, expected a mapping"):
+        importing_recipe(recipe, theirs, ["capture=5"])
 
 
 def test_other_data_are_refused_with_the_share_that_is_missing(live, recipe, tokenizer, tmp_path):

@@ -282,7 +282,9 @@ def _training_headroom(evidence: Evidence) -> list[Headroom]:
     num_steps = max(min(len(run.metrics) for run in runs) // 4, 1)
     students = {run.arm: [_last(other, "loss/ce", num_steps) for other in learned if other.arm == run.arm] for run in learned}
     teacher = [_last(run, TEACHER_NLL, num_steps) for run in told]
-    where = f"In the last {num_steps} training steps" if num_steps > 1 else "In the last training step"
+    last = told[0].metrics[-num_steps:]
+    span = last[-1]["step"] - last[0]["step"] + 1  # records keep the rows of some steps
+    where = "In the last training step" if span == 1 else f"In {f'{num_steps} of ' if span > num_steps else ''}the last {span} training steps"
     return [Headroom(where, spread(teacher).mean, {arm: spread(values).mean for arm, values in students.items()})]
 
 
