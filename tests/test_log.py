@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 
 import pytest
+from rich.console import Console
 
 from limbeck import cli, log
 from limbeck.errors import LimbeckError
@@ -97,3 +99,13 @@ def test_modes_of_the_command_line_stand_anywhere(run_limbeck: Limbeck, monkeypa
     monkeypatch.setenv("LIMBECK_LOG", "loud")
     code, _, errors = run_limbeck("assets", "list")
     assert code == 2 and errors.startswith("error: LIMBECK_LOG: found 'loud', expected one of")
+
+
+@pytest.mark.parametrize("width", [50, 80, 120])
+def test_a_narrow_terminal_shows_how_far_it_is(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The note is what is cut; bars once left out the steps on a terminal of 80 columns."""
+    shown = io.StringIO()
+    monkeypatch.setattr(log, "console", Console(file=shown, force_terminal=True, color_system=None, width=width))
+    with log.progress("train study/seed-0", 3000) as bar:
+        bar.advance(1200, note="ce 6.121 logits 0.005 hidden 0.321 | 427 tok/s | 0.4 GB")
+    assert "1200/3000 0:00:0" in shown.getvalue()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from limbeck.errors import LimbeckError, nearest
 
@@ -79,12 +80,13 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[ProgressBa
         return
     bar = Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(None, table_column=Column(ratio=1)),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=3, no_wrap=True)),
         console=console,
+        expand=True,  # bar and note share what the numbers leave
     )
     with bar:
         yield RichProgress(bar, bar.add_task(description, total=total, completed=done, note=""))

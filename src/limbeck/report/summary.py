@@ -284,7 +284,9 @@ def _training_headroom(evidence: Evidence) -> list[Headroom]:
     teacher = [_last(run, TEACHER_NLL, num_steps) for run in told]
     last = told[0].metrics[-num_steps:]
     span = last[-1]["step"] - last[0]["step"] + 1  # records keep the rows of some steps
-    where = "In the last training step" if span == 1 else f"In {f'{num_steps} of ' if span > num_steps else ''}the last {span} training steps"
+    where = (
+        "In the last training step" if span == 1 else f"In {f'{num_steps} of ' if span > num_steps else ''}the last {span} training steps"
+    )
     return [Headroom(where, spread(teacher).mean, {arm: spread(values).mean for arm, values in students.items()})]
 
 
