@@ -116,6 +116,9 @@ def test_a_model_that_is_not_here_is_unknown_and_stops_nothing(pair: dict[str, A
     assert findings["tokenizers"].level == findings["headroom"].level == "unknown"
     assert "nobody/nothing" in findings["tokenizers"].message
     assert findings["scored tokens"].level == "ok" and findings["trained on: bits_per_byte"].level == "stop"
+    both = list(examine(parse_recipe(pair | {"student": {"model": "nobody/else"}, "teacher": absent, "evaluate": []})))
+    assert [finding.level for finding in both] == ["unknown"] * 2
+    assert "nobody/else" in both[0].message and "nobody/nothing" in both[1].message
     findings = found(pair | {"student": {"model": "nobody/nothing"}})
     assert {check: finding.level for check, finding in findings.items()} == {"tokenizers": "unknown", "trained on: bits_per_byte": "ok"}
 
@@ -192,7 +195,7 @@ def test_the_exit_code_says_go(pair: dict[str, Any], tmp_path: Path, monkeypatch
         return int(left.value.code or 0), json.loads(captured.out), captured.err
 
     code, result, err = run(pair)
-    assert (code, result["go"]) == (0, True) and "valid recipe for train; go" in err
+    assert (code, result["go"]) == (0, True) and "valid recipe for train, eval; go" in err
     code, result, err = run(pair | {"evaluate": [{"type": "bits_per_byte", "data": {"rows": ROWS}}]})
     assert (code, result["go"]) == (1, False) and "no go" in err
     arms = {"a": {}, "b": {"train": {"steps": 2}}, "c": {"source": {"max_length": 40}}}

@@ -50,7 +50,7 @@ def _findings(recipe: Recipe, headroom: bool) -> Iterator[Finding]:
     conversations = [row for chosen in recipe.source.chosen() for row in chosen.conversations]
     ours, theirs = _tokenizer((student.model, student.revision)), _tokenizer(recipe.teacher.speaks)
     absent = [tokenizer for tokenizer in (ours, theirs) if isinstance(tokenizer, Finding)]
-    yield from absent[:1]
+    yield from {finding.message: finding for finding in absent}.values()
     if not isinstance(ours, Finding):
         yield from _pair(recipe, student, ours, theirs, conversations)
         try:
