@@ -15,6 +15,7 @@ import limbeck
 from limbeck import cli
 from limbeck.errors import ModelError, RecipeError
 from limbeck.flops import flops_per_token
+from limbeck.log import megabytes
 from limbeck.parallel import Parallel
 from limbeck.plan import plan
 from limbeck.plan.devices import device
@@ -201,7 +202,7 @@ def test_times_and_sizes_are_readable() -> None:
         "2.5 hours",
         "11.6 days",
     ]
-    assert [planning._megabytes(size) for size in (0, 2**17, 3000 * 2**20)] == ["0", "0.12", "3,000"]
+    assert [megabytes(size) for size in (0, 2**17, 3000 * 2**20)] == ["0", "0.12", "3,000"]
 
 
 def test_measured_steps_and_devices_tell_the_time(recipe: dict[str, Any]) -> None:

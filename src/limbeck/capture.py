@@ -18,7 +18,7 @@ from limbeck.calibration import Signals, calibration_split, hidden_error, score
 from limbeck.distributed import World
 from limbeck.errors import StoreError
 from limbeck.jobs import Executor, Job, Local
-from limbeck.log import progress, say, warn
+from limbeck.log import megabytes, progress, say, warn
 from limbeck.models import load_tokenizer
 from limbeck.objectives.base import Needs
 from limbeck.recipe import Recipe, parse_recipe, require_files, tokenizer_name
@@ -133,7 +133,7 @@ def _ended(folder: Path) -> None:
     """Take the workers' entries into the manifest."""
     clean(folder)
     manifest = collect(folder)
-    total = f"{manifest.num_samples} conversations, {manifest.num_scored} scored tokens, {manifest.num_bytes / 2**20:.1f} MB"
+    total = f"{manifest.num_samples} conversations, {manifest.num_scored} scored tokens, {megabytes(manifest.num_bytes)} MB"
     say(f"captured {total} in {folder}")
 
 

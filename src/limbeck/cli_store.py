@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from limbeck.cli_options import Json, Overrides, RecipeFile, StoreOut, captured, finish, read_capture, read_recipe
-from limbeck.log import console, say
+from limbeck.log import console, megabytes, say
 
 store_app = typer.Typer(no_args_is_help=True, help="Captures of teachers: look at them, verify, repair and import them.")
 
@@ -83,7 +83,7 @@ def verify(
     parsed = read_recipe(recipe, overrides) if recipe else None
     manifest = run_verify(path)
     missing = f"; {manifest.num_missing} more were not captured yet" if manifest.num_missing else ""
-    say(f"{path}: {len(manifest.shards)} shards, {manifest.num_bytes / 2**20:.1f} MB, as they were written{missing}")
+    say(f"{path}: {len(manifest.shards)} shards, {megabytes(manifest.num_bytes)} MB, as they were written{missing}")
     found = {"store": path, "shards": len(manifest.shards), "bytes": manifest.num_bytes}
     if parsed:
         from limbeck.remeasure import remeasure

@@ -10,7 +10,7 @@ from typing import Any
 
 from limbeck.flops import asks_teacher, flops_per_token
 from limbeck.ledger import Ledger, Task
-from limbeck.log import console, say
+from limbeck.log import console, megabytes, say
 from limbeck.report.records import read_record
 from limbeck.study import Study
 
@@ -55,7 +55,7 @@ def show(expected: dict[str, Any]) -> None:
     console.print(table)
     say(
         f"{expected['num_runs']} runs to make, {expected['num_recorded']} recorded: {expected['tokens']:,} tokens, about "
-        f"{expected['train_seconds'] / 60:.0f} minutes of training beside capture and evaluation, {expected['disk_mb']:,.0f} MB of students"
+        f"{expected['train_seconds'] / 60:.0f} minutes of training beside capture and evaluation, {megabytes(expected['disk_mb'] * 2**20)} MB of students"
     )
 
 

@@ -49,6 +49,11 @@ def visible(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
+def megabytes(size: float) -> str:
+    """Bytes in MB: whole ones, or two digits of what is small."""
+    return f"{size / 2**20:,.0f}" if size >= 10 * 2**20 else f"{size / 2**20:.2g}"
+
+
 def is_main_process() -> bool:
     """Whether this is rank 0 of the processes that torchrun started (or the only one)."""
     return os.environ.get("RANK", "0") == "0"

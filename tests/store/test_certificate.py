@@ -81,7 +81,7 @@ def test_a_capture_shows_it(base, captured, tmp_path):
     manifest = run(base, path, "capture.codec={type: quantized, bytes_per_token: 24}", "capture.calibrate_on=3")
     assert manifest.certificate is not None and 0 < manifest.certificate["kl"] < 0.2
     shown = dict(inspect.lines(inspect.summary(path)))
-    assert "KL 0." in shown["fidelity"] and "MB once" in shown[""]
+    assert "KL 0." in shown["fidelity"] and "MB once" in shown[""] and " 0.0 MB" not in str(shown)
     assert inspect.summary(captured)["certificate"] is None and list(inspect.bars(inspect.summary(captured))) == ["MB on the disk"]
     charts = inspect.bars(inspect.summary(path))
     assert sum(value for _, value, _ in charts["MB on the disk"]) * 2**20 == pytest.approx(inspect.summary(path)["bytes"])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck.errors import RecipeError
-from limbeck.log import console, say
+from limbeck.log import console, megabytes, say
 from limbeck.parallel import Strategy
 from limbeck.recipe import Recipe, parse_recipe, require_files
 from limbeck.teachers.model import ModelTeacher
@@ -155,27 +155,23 @@ def show(found: dict[str, Any]) -> None:
 
     table = Table("at the peak, per process", "MB", box=None, padding=(0, 2, 0, 0))
     for name, size in found["memory"].items():
-        table.add_row(name.replace("_", " "), _megabytes(size))
-    table.add_row("peak", _megabytes(found["peak"]), style="bold")
+        table.add_row(name.replace("_", " "), megabytes(size))
+    table.add_row("peak", megabytes(found["peak"]), style="bold")
     if "measured_peak" in found:
-        table.add_row("measured", _megabytes(found["measured_peak"]))
+        table.add_row("measured", megabytes(found["measured_peak"]))
     console.print(table)
-    kept = ", ".join(f"{name} {'not known' if size is None else f'{_megabytes(size)} MB'}" for name, size in found["disk"].items())
+    kept = ", ".join(f"{name} {'not known' if size is None else f'{megabytes(size)} MB'}" for name, size in found["disk"].items())
     say(f"disk: {kept}")
     flops = f"{found['flops']:.2e} FLOP, {found['teacher_flops']:.2e} of them the teacher's"
     say(f"work: {found['num_steps']:,} steps, {found['tokens']:,} tokens ({found['positions']:,} positions with padding), {flops}")
     several = f" by {found['processes']} processes ({found['strategy']})" if found["processes"] > 1 else ""
     say(f"time: {_duration(found['seconds'])} of training{several}, from {found['basis']}")
-    within = f"{_megabytes(found['limit'])} MB"
+    within = f"{megabytes(found['limit'])} MB"
     say(f"fits in {within}" if found["fits"] else f"does not fit in {within}")
     if fit := found.get("to_fit"):
         wanted = " ".join(override for change in fit["changes"] for override in change["overrides"]) or "nothing"
         costs = "; ".join(dict.fromkeys(change["cost"] for change in fit["changes"]))
-        say(f"{'cheapest change' if fit['fits'] else 'not even with'}: {wanted} ({_megabytes(fit['peak'])} MB; costs {costs})")
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / MB:,.0f}" if size >= 10 * MB else f"{size / MB:.2g}"
+        say(f"{'cheapest change' if fit['fits'] else 'not even with'}: {wanted} ({megabytes(fit['peak'])} MB; costs {costs})")
 
 
 def _duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from limbeck.log import megabytes
 from limbeck.store.certificate import in_words
 from limbeck.store.manifest import MANIFEST, read_manifest
 from limbeck.store.place import Place
@@ -81,7 +82,7 @@ def bars(found: dict[str, Any]) -> dict[str, list[tuple[str, float, str]]]:
             ]
     once = {name: found[name]["bytes"] for name in ("head", "model") if found[name]}
     sizes = {"shards": found["bytes"] - sum(once.values()), **once}
-    charts["MB on the disk"] = [(name, size / 2**20, f"{size / 2**20:,.1f}") for name, size in sizes.items()]
+    charts["MB on the disk"] = [(name, size / 2**20, megabytes(size)) for name, size in sizes.items()]
     return charts
 
 
@@ -91,11 +92,11 @@ def _settings(spec: dict[str, Any]) -> str:
 
 def _certificate(found: dict[str, Any]) -> list[tuple[str, str]]:
     measured = found["certificate"]
-    once = sum(found[name]["bytes"] for name in ("head", "model") if found[name]) / 2**20
+    once = sum(found[name]["bytes"] for name in ("head", "model") if found[name])
     key, shown = _distance(measured)
     buckets = ", ".join(f"{name} {part[key]:.3f}" for name, part in measured["by_entropy"].items() if part["num_scored"])
     what = f"{in_words(measured)}, same first token {measured['top1']:.1%}, mass kept {measured['mass']:.1%}"
-    size = f"{measured['bytes_per_token']:.1f} bytes per token and {once:,.1f} MB once (head, tables)"
+    size = f"{measured['bytes_per_token']:.1f} bytes per token and {megabytes(once)} MB once (head, tables)"
     found_lines = [
         ("fidelity", f"{what}, on {measured['num_scored']:,} tokens that it was not fitted on{_told(found)}"),
         ("", f"{size}; {shown} where the teacher is {buckets}"),
@@ -121,4 +122,4 @@ def _temperatures(served: list[float] | None) -> str:
 
 def _size(found: dict[str, Any]) -> str:
     per_token = f", {found['bytes_per_token']:.1f} bytes per scored token" if found["bytes_per_token"] else ""
-    return f"{found['bytes'] / 2**20:,.1f} MB{per_token}, with all that lies there"
+    return f"{megabytes(found['bytes'])} MB{per_token}, with all that lies there"
