@@ -55,7 +55,8 @@ def show(expected: dict[str, Any]) -> None:
     console.print(table)
     say(
         f"{expected['num_runs']} runs to make, {expected['num_recorded']} recorded: {expected['tokens']:,} tokens, about "
-        f"{expected['train_seconds'] / 60:.0f} minutes of training beside capture and evaluation, {megabytes(expected['disk_mb'] * 2**20)} MB of students"
+        f"{expected['train_seconds'] / 60:.0f} minutes of training beside capture and evaluation, "
+        f"{megabytes(expected['disk_mb'] * 2**20)} MB of students"
     )
 
 
