@@ -218,6 +218,12 @@ def test_measured_steps_and_devices_tell_the_time(recipe: dict[str, Any]) -> Non
         plan(recipe, measure=1, device="a100-80g")
 
 
+def test_memory_of_the_machine_is_not_added_to_that_of_an_accelerator(monkeypatch: Any) -> None:
+    assert planning._process() != planning.CONTEXT
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert planning._process() == planning.CONTEXT
+
+
 def test_a_change_that_is_advised_fits(recipe: dict[str, Any], monkeypatch: Any) -> None:
     monkeypatch.setattr(planning, "_process", lambda: 0)  # what Python holds comes and goes, and is more than this model
     rows = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "It is so. " * 60}]}] * 8

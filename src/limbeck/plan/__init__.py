@@ -129,7 +129,11 @@ def _time(recipe: Recipe, todo: Work, memory: Memory, measure: int, there: Devic
 
 
 def _process() -> int:
-    """What this process holds with its libraries loaded: a training process on a CPU holds it too."""
+    """What a training process here holds beside its tensors: on a CPU what this one does, with its libraries loaded."""
+    import torch
+
+    if torch.cuda.is_available():
+        return CONTEXT
     for line in Path("/proc/self/status").read_text().splitlines() if os.path.exists("/proc/self/status") else ():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
