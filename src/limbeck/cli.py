@@ -231,7 +231,7 @@ def evaluate(
         raise RecipeError(f"{recipe}: evaluate is empty; expected at least one benchmark")
     resolve_model(model)
     from limbeck.evaluate.runner import evaluate_model
-    from limbeck.report.tables import print_results
+    from limbeck.report.terminal import print_results
 
     results = [result.to_json() for result in evaluate_model(model, benchmarks, parsed.teacher if parsed else None, out)]
     evals = {result["name"]: result for result in results}

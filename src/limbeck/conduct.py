@@ -286,7 +286,8 @@ def _report(conduct: Conduct) -> dict[str, Any]:
     """Write the report, show it, and return what programs want of it."""
     from limbeck.report.collect import collect
     from limbeck.report.page import build_report
-    from limbeck.report.tables import print_table, quality
+    from limbeck.report.tables import quality
+    from limbeck.report.terminal import print_table
 
     start, path, seconds = time.perf_counter(), conduct.ledger.results, conduct.seconds
     paths = build_report(path)

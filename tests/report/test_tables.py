@@ -5,7 +5,8 @@ from __future__ import annotations
 import fake
 import pytest
 
-from limbeck.report.tables import Cell, Column, Numbers, Row, Table, escape_markdown, print_results, print_table, to_markdown
+from limbeck.report.tables import Cell, Column, Numbers, Row, Table, escape_markdown, to_markdown
+from limbeck.report.terminal import print_results, print_table
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,17 @@ def test_terminal_shows_texts_as_they_are(capsys):
     print_table(Table("[red]arm", [Column("[/]")], [Row("[bold]x", [Cell("[1]", "[2]")])]), "[link]t")
     shown = capsys.readouterr().err
     assert all(text in shown for text in ("[red]arm", "[/]", "[bold]x", "[1] [2]", "[link]t"))
+
+
+@pytest.mark.parametrize("num_metrics", [2, 10])
+def test_no_number_is_cut_on_a_narrow_terminal(capsys, num_metrics):
+    """Many arms by many metrics come in several tables; a number that loses its end is another number."""
+    rows = [Row(f"arm-{arm}", [Cell(f"{arm}.25{metric}", "± 0.062") for metric in range(num_metrics)]) for arm in range(9)]
+    print_table(Table("model", [Column("bits per byte")] * num_metrics, rows), "study")
+    shown = capsys.readouterr().err
+    assert "\u2026" not in shown and max(map(len, shown.splitlines())) <= 80
+    assert all(cell.text + "±0.062" in shown for row in rows for cell in row.cells) and shown.count("study") == 1
+    assert all(row.label in shown for row in rows)
 
 
 def test_results_of_one_model(capsys):

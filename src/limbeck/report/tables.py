@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from limbeck.log import console
 from limbeck.report.collect import REFERENCES, Evidence, objective_text
 from limbeck.report.stats import spread
 from limbeck.report.summary import BUDGETS, Budget, Difference, Score, cost, evaluation_seconds, score
@@ -88,7 +87,7 @@ def quality(evidence: Evidence) -> Table:
     rows = [
         Row(
             label,
-            [_score_cell(scores[label, b, m], [scores[other, b, m] for other, _ in models]) for b, m, _ in metrics],
+            [score_cell(scores[label, b, m], [scores[other, b, m] for other, _ in models]) for b, m, _ in metrics],
             _about(evidence, label),
             label in REFERENCES.values(),
         )
@@ -130,7 +129,7 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _score_cell(found: Score | None, column: Sequence[Score | None]) -> Cell:
+def score_cell(found: Score | None, column: Sequence[Score | None]) -> Cell:
     numbers = Numbers([other.value for other in column if other and other.value is not None])
     if found is None or found.value is None:
         return Cell("–")
@@ -300,51 +299,3 @@ def escape_markdown(text: str) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def print_table(table: Table, title: str = "") -> None:
-    """A table on the terminal, turned where it is wider than long: there are few models and many metrics. Texts are never markup."""
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    shown = RichTable(title=Text(title), title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
-    heads = [
-        Text.assemble(" ".join(filter(None, [column.group, column.name])), (f"\n{column.note}" if column.note else "", "dim"))
-        for column in table.columns
-    ]
-    labels = [Text(row.label, style="dim" if row.is_reference else "bold") for row in table.rows]
-    cells = [[_compact(cell) for cell in row.cells] for row in table.rows]
-    turned = len(table.columns) > len(table.rows)
-    shown.add_column(Text("" if turned else table.corner))
-    for head in labels if turned else heads:
-        shown.add_column(head, justify="right" if table.is_numeric else "left", no_wrap=table.is_numeric)
-    lines = zip(heads, zip(*cells, strict=True), strict=True) if turned else zip(labels, cells, strict=True)
-    for label, values in lines:
-        shown.add_row(label, *values)
-    console.print(shown)
-
-
-def _compact(cell: Cell) -> Any:
-    """`0.250±0.062`: five models fit into 80 columns."""
-    from rich.text import Text
-
-    note = f" {cell.note}".replace(" ± ", "±") if cell.note else ""
-    return Text.assemble(cell.text, (note, "dim"))
-
-
-def print_results(model: str, evals: dict[str, dict[str, Any]]) -> None:
-    """The metrics of one model on the terminal; `evals` holds results as they lie in evals/NAME.json."""
-    rows = [
-        Row(
-            metric_name(name, metric, value),
-            [
-                _score_cell(found, [found]),
-                Cell(f"{value['num_items']}"),
-                *(Cell("–" if value.get(key) is None else f"{value[key]:.3g}") for key in ("chance", "ceiling")),
-            ],
-        )
-        for name, result in evals.items()
-        for metric, value in result["metrics"].items()
-        if (found := score([evals], name, metric))
-    ]
-    print_table(Table("metric", [Column("value"), Column("items"), Column("chance"), Column("ceiling")], rows), model)
