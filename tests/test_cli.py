@@ -638,6 +638,34 @@ def test_an_interrupt_says_how_to_go_on(run, works, monkeypatch):
     assert code == 0 and "run: resuming after step 2 of 5" in err
 
 
+def test_a_run_without_memory_says_what_to_set_and_goes_on_with_it(run, monkeypatch):
+    trainer, count = importlib.import_module("limbeck.trainer"), 0
+    step = trainer.optimizer_step
+
+    def greedy(*arguments):
+        nonlocal count
+        count += 1
+        if count == 4:
+            torch.empty(2**58)
+        return step(*arguments)
+
+    command = ["train", "recipe.yaml", "train.steps=5", "train.checkpoint_every=2", "--out", "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "optimizer_step", greedy)
+        code, out, err = run(*command, "train.micro_batch_size=2")
+    assert (code, out) == (2, "") and "error: out of memory (" in err and "Set train.micro_batch_size=1" in err and "Traceback" not in err
+    code, out, err = run(*command, "train.micro_batch_size=1", "train.gradient_checkpointing=true")
+    assert code == 0 and "run: resuming after step 2 of 5" in err
+    assert json.loads(Path("run/recipe.json").read_text())["train"]["micro_batch_size"] == 1
+
+
+def test_an_error_of_ours_is_no_lack_of_memory(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["limbeck", "train", "recipe.yaml", "--out", "run"])
+    monkeypatch.setattr(importlib.import_module("limbeck.trainer"), "train", lambda *_: (_ for _ in ()).throw(RuntimeError("defect")))
+    with pytest.raises(RuntimeError, match="defect"):
+        cli.main()
+
+
 # ---- the same from Python
 
 

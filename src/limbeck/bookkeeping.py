@@ -14,7 +14,7 @@ from limbeck.log import peak_memory_mb
 from limbeck.models import weights_hash
 from limbeck.objectives.base import Term, gates
 from limbeck.recipe import Recipe
-from limbeck.run import Run, appearing, differences, environment, what_is_run
+from limbeck.run import Run, appearing, differences, environment, what_is_learned
 from limbeck.sources.base import OpenSource
 from limbeck.step import StepResult
 from limbeck.tokens.identity import template_hash, vocabulary_hash
@@ -23,7 +23,7 @@ from limbeck.tokens.identity import template_hash, vocabulary_hash
 def refuse_others(run: Run, recipe: Recipe) -> None:
     """Refuse the directory of another recipe, or of something else."""
     if (run.path / "recipe.json").is_file():
-        if differing := differences(what_is_run(run.read_json("recipe.json")), what_is_run(recipe.to_json())):
+        if differing := differences(what_is_learned(run.read_json("recipe.json")), what_is_learned(recipe.to_json())):
             others = "" if len(differing) == 1 else f", and {len(differing) - 1} more"
             raise RunError(
                 f"{run.path}: holds a run of another recipe ({differing[0][1]}{others}); choose another run directory, or delete this one"

@@ -33,7 +33,7 @@ from limbeck.cli_options import (
     read_recipe,
 )
 from limbeck.cli_store import store_app
-from limbeck.errors import LimbeckError, without_secrets
+from limbeck.errors import LimbeckError, out_of_memory, without_secrets
 from limbeck.log import MODE_VARIABLE, alert, is_main_process, say, set_mode
 from limbeck.parallel import Strategy
 
@@ -321,6 +321,10 @@ def main() -> None:
         _fail(str(error))
     except OSError as error:  # a full disk, a folder that may not be written: nothing that a traceback would explain
         _fail(f"{error.filename or 'system'}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if (message := out_of_memory(error)) is None:
+            raise
+        _fail(message)
     except typer.TyperException as error:
         context, message = getattr(error, "ctx", None), error.format_message()
         if not message:  # nothing was asked for, and the help is printed

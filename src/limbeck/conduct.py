@@ -34,7 +34,7 @@ from limbeck.recipe import Recipe, check_files, parse_recipe
 from limbeck.report import records
 from limbeck.report.collect import REFERENCES
 from limbeck.report.records import RunRecord, read_record, write_record
-from limbeck.run import Run, differences, what_is_run
+from limbeck.run import Run, differences, what_is_learned
 from limbeck.study import Study, digest
 from limbeck.teachers import ModelTeacher
 
@@ -139,7 +139,7 @@ class Conduct:
     def _make_room(self, run: Run, recipe: Recipe) -> None:
         """Set a run aside that was made of another recipe."""
         there = run.read_json("recipe.json", {})
-        if there and differences(what_is_run(there), what_is_run(recipe.to_json())):
+        if there and differences(what_is_learned(there), what_is_learned(recipe.to_json())):
             aside = self.path / "replaced" / f"{run.path.parent.name}-{run.path.name}-{digest(there)[:8]}"
             say(f"{run.path}: the arm was changed since; this run is kept in {aside}")
             shutil.rmtree(aside, ignore_errors=True)

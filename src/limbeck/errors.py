@@ -40,6 +40,18 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """What to do about an error that says that there is no memory left; None of another. torch has no class of its own for main memory."""
+    said = " ".join(str(error).split())
+    if not isinstance(error, MemoryError) and "out of memory" not in said and "can't allocate memory" not in said:
+        return None
+    return (
+        f"out of memory ({said[:200] or type(error).__name__}). Set train.micro_batch_size=1 (the result is the same), a smaller "
+        "train.head_memory_mb, or train.gradient_checkpointing=true; `limbeck plan` says what makes a recipe fit. A run goes on with these "
+        "from its last checkpoint"
+    )
+
+
 _SECRETS = (
     (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@"),
     (re.compile(r"([?&;][\w.-]*(?:token|key|secret|signature|password|credential)[\w.-]*=)[^&;\s]+", re.IGNORECASE), r"\1***"),

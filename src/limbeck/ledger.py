@@ -21,15 +21,9 @@ from limbeck.recipe import Recipe, parse_recipe
 from limbeck.report import records
 from limbeck.report.collect import REFERENCES
 from limbeck.report.records import RunRecord, read_record
-from limbeck.run import Run, what_is_run
+from limbeck.run import Run, what_is_learned
 from limbeck.study import Study, digest
 from limbeck.teachers import ModelTeacher
-
-_SPEED = (
-    "micro_batch_size", "pack_length", "gradient_checkpointing", "head", "head_memory_mb", "checkpoint_every",
-    "keep_checkpoints", "report_to", "kernels",
-)  # fmt: skip
-"""Settings of `train` that change what a run costs and not what it learns."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +140,7 @@ class Ledger:
     def key(self, task: Task) -> str:
         """The hash of all that decides the run's result, and of nothing else: no paths, settings of speed, processes or benchmarks."""
         recipe = self._at(task)
-        tree = what_is_run(recipe.to_json())
-        tree["train"] = {key: value for key, value in tree["train"].items() if key not in _SPEED}
+        tree = what_is_learned(recipe.to_json())
         del tree["evaluate"], tree["capture"]
         tree["data"] = content_of(recipe)
         if recipe.plugins:

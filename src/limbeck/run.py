@@ -123,9 +123,22 @@ def fsync_dir(path: Path) -> None:
         os.close(descriptor)
 
 
+SPEED = (
+    "micro_batch_size", "pack_length", "gradient_checkpointing", "head", "head_memory_mb", "checkpoint_every",
+    "keep_checkpoints", "report_to", "kernels",
+)  # fmt: skip
+"""Settings of `train` that change what a run costs and not what it learns."""
+
+
 def what_is_run(recipe: dict[str, Any]) -> dict[str, Any]:
     """A resolved recipe without how processes share it: with another number of them, or another strategy, it is the same run."""
     return {key: value for key, value in recipe.items() if key != "parallel"}
+
+
+def what_is_learned(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The same without the settings of `train` that are SPEED: a run that did not fit into memory goes on with others."""
+    tree = what_is_run(recipe)
+    return tree | {"train": {key: value for key, value in (tree.get("train") or {}).items() if key not in SPEED}}
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, str]]:
