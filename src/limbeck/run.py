@@ -138,7 +138,8 @@ def what_is_run(recipe: dict[str, Any]) -> dict[str, Any]:
 def what_is_learned(recipe: dict[str, Any]) -> dict[str, Any]:
     """The same without the settings of `train` that are SPEED: a run that did not fit into memory goes on with others."""
     tree = what_is_run(recipe)
-    return tree | {"train": {key: value for key, value in (tree.get("train") or {}).items() if key not in SPEED}}
+    train = tree.get("train")
+    return tree | {"train": {key: value for key, value in train.items() if key not in SPEED}} if isinstance(train, dict) else tree
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[tuple[str, str]]:
