@@ -37,10 +37,11 @@ def plan(
     processes: int = 1,
     strategy: Strategy | None = None,
     memory_gb: float | None = None,
+    advise: bool = True,
 ) -> dict[str, Any]:
     """What a recipe's training will take, in bytes, operations and seconds. Time is that of `measure` real steps here, of the peak figures
     of `device`, or of a matrix product that is timed here. `memory_gb` is what a process may have: the device's, or this machine's, where
-    it is not set; `strategy` is then the recipe's."""
+    it is not set; `strategy` is then the recipe's. `advise` looks for changes with which it fits, where it does not."""
     parsed = parse_recipe(recipe, [*overrides, *([f"parallel.strategy={strategy}"] if strategy else [])])
     _, spec = parsed.for_training()
     parsed.parallel.check(processes, parsed.teacher)
@@ -84,7 +85,7 @@ def plan(
         "teacher_flops": todo.positions * 2.0 * memory.sizes.taught,
         **_time(parsed, todo, memory, measure, there, processes),
     }
-    if peak > limit:
+    if peak > limit and advise:
         from limbeck.plan.fit import cheapest
 
         changes, left = cheapest(parsed, limit, peak_of, processes)
@@ -107,7 +108,7 @@ def _opened(recipe: Recipe) -> tuple[Any, int]:
 
 def _time(recipe: Recipe, todo: Work, memory: Memory, measure: int, there: Device | None, processes: int) -> dict[str, Any]:
     """Seconds of the training steps, and what they are taken from."""
-    from limbeck.forecast import EFFICIENCY, flops_per_second
+    from limbeck.plan.devices import EFFICIENCY, flops_per_second
     from limbeck.plan.processes import wire_bytes
 
     _, spec = recipe.for_training()
