@@ -63,7 +63,8 @@ def answer(folder: Path, model: str) -> None:
     from limbeck.models import load_model, load_tokenizer
 
     tokenizer, teacher = load_tokenizer(model), load_model(model)
-    asked = [json.loads(line)["messages"][:1] for line in open(folder / "train.jsonl", encoding="utf-8")]
+    with open(folder / "train.jsonl", encoding="utf-8") as lines:
+        asked = [row["messages"][:1] for row in map(json.loads, lines)]
     prompts = [tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) for messages in asked]
     eos = eos_ids_of(teacher, tokenizer)
     found = generate(teacher, prompts, ANSWER_TOKENS, eos, tokenizer.pad_token_id, batch_size=BATCH_SIZE)
