@@ -55,7 +55,7 @@ def shares_cache(model: Any) -> bool:
 
 def _cache(read: Any) -> dict[str, Any]:
     """The cache that a model gave, by the name by which it takes it again: `past_key_values`, in newer releases of transformers `cache`."""
-    return {name: read[name] for name in ("cache", "past_key_values") if name in read}
+    return {name: value for name, value in read.items() if name in ("cache", "past_key_values")}
 
 
 def _behind_cache(subject: Subject, prompts: Sequence[Sequence[int]], owner: Sequence[int], targets: Tensor) -> Tensor:
