@@ -41,9 +41,9 @@ TERMS["everything"] = [{**TERMS[name][0], "weight": 0.3 + 0.2 * i} for i, name i
 STEPS = (
     *TERMS,
     "ddp", "untied", "packed", "packed untied", "lora untied", "lora packed", "base as teacher", "untied base as teacher",
-    "ddp, lora", "ddp, dora", "ddp, dora packed", "dora untied", "dora packed", "dora, base as teacher", "ddp, dora, base as teacher",
-    "dora recomputed", "dora kept after forward", "base as teacher, kept after forward", "ddp, base as teacher", "plain head", "recomputed", "kept after forward", "whole teacher",
-    "one conversation", "bfloat16",
+    "base as teacher, kept after forward", "ddp, base as teacher", "plain head", "recomputed", "kept after forward", "whole teacher",
+    "one conversation", "bfloat16", "ddp, lora", "ddp, dora", "ddp, dora packed", "ddp, dora, base as teacher", "dora untied",
+    "dora packed", "dora, base as teacher", "dora recomputed", "dora kept after forward",
 )  # fmt: skip
 
 

@@ -24,9 +24,7 @@ def two_arms(rng: np.random.Generator, count: int, seeds: int, items: int, seed_
     hard = rng.standard_normal((count, 1, items))
 
     def arm(level: Array | float) -> Array:
-        return level + np.sqrt(0.5) * (
-            seed_sd * rng.standard_normal((count, seeds, 1)) + rng.standard_normal((count, seeds, items))
-        )
+        return level + np.sqrt(0.5) * (seed_sd * rng.standard_normal((count, seeds, 1)) + rng.standard_normal((count, seeds, items)))
 
     return arm(effect + hard + ITEM_SD * rng.standard_normal((count, 1, items))), arm(hard)
 
