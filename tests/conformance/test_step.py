@@ -1,6 +1,6 @@
 """Every term in a training step of a tiny model: accumulation, padding, and tokens that are not scored.
 
-In float64 the order of a step's sums hardly matters: what differs there is a fault. In float32 it may differ by as much as float32 is off.
+In float64 the order of a step's sums hardly matters: orders that differ there are a fault. In float32 each is held to its own float64.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from limbeck.tokens.sample import Sample
 LAYERS, WIDTH = 3, 24
 Step = tuple[float, dict[str, Tensor], list[Tensor]]
 """Loss, gradients of parameters, and of the last hidden states of each microbatch."""
+ROUNDING = 5e-5
+"""What float32 may add, as a share of the largest gradient. Most add 1e-6 and less; 2.3e-5 was seen of a skewed KL whose mixture is the
+teacher by nine tenths, so that nearly all of its gradient cancels."""
 TERMS: dict[str, Term] = {
     name: term for name, term in OUTPUT_TERMS.items() if getattr(term, "temperature", 2.0) == 2.0 and not term.is_gated
 } | HIDDEN_TERMS
@@ -120,15 +123,14 @@ def apart(ours: Step, theirs: Step) -> float:
     return max(float((ours[1][key] - grad).abs().max() / largest) for key, grad in theirs[1].items())
 
 
-def refuse_others(ours: tuple[Step, Step], theirs: tuple[Step, Step]) -> None:
-    """AssertionError where two orders of one step are more than rounding apart."""
-    assert ours[1][0] > 0 and theirs[1][0] == pytest.approx(ours[1][0], rel=1e-12)
-    assert apart(theirs[1], ours[1]) <= 1e-12
-    assert theirs[0][0] == pytest.approx(ours[0][0], rel=1e-5)
-    # most is 1e-6 and less; 2e-5 is a skewed KL of which nearly all cancels, as 0.9 of its mixture is the teacher
-    rounding = apart(ours[0], ours[1])
-    assert rounding <= 5e-5
-    assert apart(theirs[0], ours[0]) <= 2 * rounding + 1e-6
+def assert_same(*orders: tuple[Step, Step]) -> None:
+    """That orders of one step differ by no more than rounding."""
+    (_, first), *_ = orders
+    for single, double in orders:
+        assert double[0] > 0 and double[0] == pytest.approx(first[0], rel=1e-12)
+        assert apart(double, first) <= 1e-12
+        assert single[0] == pytest.approx(double[0], rel=ROUNDING)
+        assert apart(single, double) <= ROUNDING
 
 
 @pytest.mark.parametrize("support", ["dense", "top_k"])
@@ -145,7 +147,7 @@ def test_microbatches_and_padding_do_not_matter_and_unscored_tokens_have_no_grad
         pytest.skip("not declared")
     stepper, together = Stepper(term, support, student, len(tokenizer)), pad(samples, 2)
     found = stepper([together])
-    refuse_others(found, stepper([pad(samples[:1], 0), pad([], 2), pad(samples[1:], 2)]))
+    assert_same(found, stepper([pad(samples[:1], 0), pad([], 2), pad(samples[1:], 2)]))
     if name in OUTPUT_TERMS:
         (last,) = found[0][2]
         unscored = torch.ones(len(last), dtype=torch.bool)
@@ -155,7 +157,7 @@ def test_microbatches_and_padding_do_not_matter_and_unscored_tokens_have_no_grad
 
 @pytest.mark.parametrize("fault", ["a token too many in the count", "a padded token scored", "a token twice"])
 def test_a_fault_of_one_token_shows_where_rounding_is_largest(fault: str, samples: list[Sample], student: Any, tokenizer: Any) -> None:
-    """In both precisions: without float64, too, the faults are a hundred times what rounding may do."""
+    """In both precisions: in float32, too, the faults are far more than what rounding may do."""
     stepper, together = Stepper(TERMS["logits(skew_kl(alpha=0.9), T=2.0)"], "top_k", student, len(tokenizer)), pad(samples, 2)
     if fault == "a token too many in the count":
         broken = stepper([together], more=1)
@@ -166,5 +168,5 @@ def test_a_fault_of_one_token_shows_where_rounding_is_largest(fault: str, sample
         broken = stepper([replace(together, scored=scored, targets=targets)], more=-1)
     found = stepper([together])
     with pytest.raises(AssertionError):
-        refuse_others(found, broken)
-    assert apart(broken[1], found[1]) > 1e-3 and apart(broken[0], found[0]) > 100 * (2 * apart(found[0], found[1]) + 1e-6)
+        assert_same(found, broken)
+    assert min(apart(broken[i], found[i]) for i in (0, 1)) > 50 * ROUNDING
