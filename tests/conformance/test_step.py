@@ -129,7 +129,7 @@ def assert_same(*orders: tuple[Step, Step]) -> None:
     for single, double in orders:
         assert double[0] > 0 and double[0] == pytest.approx(first[0], rel=1e-12)
         assert apart(double, first) <= 1e-12
-        assert single[0] == pytest.approx(double[0], rel=ROUNDING)
+        assert single[0] == pytest.approx(double[0], rel=ROUNDING, abs=5e-7)  # a loss of 0.002 is what is left of numbers near 1
         assert apart(single, double) <= ROUNDING
 
 
