@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,19 @@ def test_a_served_teachers_tokenizer_is_compared_too(pair: dict[str, Any], tmp_p
     findings = found(pair | {"teacher": served})
     assert findings["tokenizers"].level == "ok" and findings["chat templates"].level == "warning"
     assert "vocabulary of the teacher" not in findings
+
+
+def test_a_server_that_does_not_answer_is_reported_at_once(pair: dict[str, Any], tokenizer_dir: Path, monkeypatch: Any) -> None:
+    """Its patience, 600 seconds, is for runs."""
+    monkeypatch.setattr("limbeck.student.build", lambda *args: pytest.fail("nothing is loaded for a question that has no answer"))
+    served = {"type": "server", "served_name": "t", "tokenizer": str(tokenizer_dir), "k": 8, "timeout_seconds": 0.2}
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        for cause in ("no answer in time", "no connection"):
+            finding = found(pair | {"teacher": served | {"url": url}}, headroom=True)["headroom"]
+            assert finding.level == "stop"
+            assert finding.message == f"teacher {url}: {cause}; expected a server that answers there (teacher.url)"
+            silent.close()
 
 
 def test_a_template_cannot_steer_the_terminal(pair: dict[str, Any], tmp_path: Path, fresh_tokenizer: Any, capsys: Any) -> None:

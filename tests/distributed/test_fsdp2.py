@@ -25,6 +25,7 @@ from limbeck.errors import RecipeError, RunError
 pytest.importorskip("peft")
 
 LORA = {"rank": 4, "alpha": 8}
+DORA = {**LORA, "dora": True}
 TERMS: dict[str, list[dict[str, Any]]] = {
     "ce": [{"type": "ce"}],
     "forward_kl": [{"type": "logits", "temperature": 2.0}],
@@ -41,7 +42,8 @@ STEPS = (
     *TERMS,
     "ddp", "untied", "packed", "packed untied", "lora untied", "lora packed", "base as teacher", "untied base as teacher",
     "base as teacher, kept after forward", "ddp, base as teacher", "plain head", "recomputed", "kept after forward", "whole teacher",
-    "one conversation", "bfloat16",
+    "one conversation", "bfloat16", "ddp, lora", "ddp, dora", "ddp, dora packed", "ddp, dora, base as teacher", "dora untied",
+    "dora packed", "dora, base as teacher", "dora recomputed", "dora kept after forward",
 )  # fmt: skip
 
 
@@ -91,6 +93,7 @@ def recipes(base: dict[str, Any], make_model_dir: Callable[..., Path]) -> dict[s
         parallel |= {"shard_teacher": False} if "whole teacher" in name else {}
         student |= {"model": untied} if "untied" in name else {}
         student |= {"lora": LORA} if "lora" in name or "base" in name else {}
+        student |= {"lora": DORA} if "dora" in name else {}
         teacher = {"type": "model", "model": student["model"]} if "base" in name else base["teacher"]
         return {
             **base,
@@ -112,14 +115,17 @@ def alone(base: dict[str, Any], folder: Path) -> limbeck.Run:
 @pytest.fixture(scope="module")
 def two(base: dict[str, Any], recipes: dict[str, dict[str, Any]], alone: limbeck.Run, folder: Path) -> dict[str, Any]:
     """What the two processes found."""
-    lora = {**base, "student": {**base["student"], "lora": LORA}}
-    ddp = {**base, "parallel": {"strategy": "ddp"}}
+    lora, dora = ({**base, "student": {**base["student"], "lora": adapters}} for adapters in (LORA, DORA))
+    ddp_only = {"parallel": {"strategy": "ddp"}}
+    ddp = {**base, **ddp_only}
     work = {
         "steps": recipes,
         "broken": recipes["ce"],
         "runs": [
             {"recipe": base, "path": str(folder / "straight")},
             {"recipe": lora, "path": str(folder / "lora")},
+            {"recipe": dora, "path": str(folder / "dora")},
+            {"recipe": {**dora, **ddp_only}, "path": str(folder / "dora as ddp"), "from": str(folder / "dora"), "after": 2},
             {"recipe": base, "path": str(folder / "resumed"), "from": str(folder / "straight"), "after": 2},
             {"recipe": base, "path": str(folder / "from one"), "from": str(alone.path), "after": 2},
             {"recipe": ddp, "path": str(folder / "as ddp"), "from": str(folder / "straight"), "after": 2},
@@ -173,13 +179,16 @@ def test_a_run_is_that_of_one_process(two: dict[str, Any], alone: limbeck.Run, f
     assert max((moved[name] - start[name]).abs().max() for name in moved) > 1e-3
 
 
-def test_adapters_come_out_whole(two: dict[str, Any], base: dict[str, Any], folder: Path) -> None:
-    expected = limbeck.train({**base, "student": {**base["student"], "lora": LORA}}, folder / "lora alone")
-    _assert_same(folder / "lora", expected.path)
-    ours, theirs = (load_file(path / "adapters" / "adapter_model.safetensors") for path in (folder / "lora", expected.path))
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-6, msg=name)
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_adapters_come_out_whole(two: dict[str, Any], base: dict[str, Any], folder: Path, name: str) -> None:
+    adapters = LORA if name == "lora" else DORA
+    expected = limbeck.train({**base, "student": {**base["student"], "lora": adapters}}, folder / f"{name} alone")
+    for path in (folder / name, folder / "dora as ddp") if name == "dora" else (folder / name,):
+        _assert_same(path, expected.path)
+        ours, theirs = (load_file(run / "adapters" / "adapter_model.safetensors") for run in (path, expected.path))
+        assert ours.keys() == theirs.keys() and any("magnitude" in key for key in ours) == (name == "dora")
+        for key, value in ours.items():
+            torch.testing.assert_close(value, theirs[key], rtol=0, atol=1e-6, msg=key)
 
 
 def test_a_resume_on_as_many_processes_gives_the_same_bits(two: dict[str, Any], folder: Path) -> None:

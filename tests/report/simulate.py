@@ -19,6 +19,16 @@ def gaussian(rng: np.random.Generator, count: int, seeds: int, items: int, seed_
     )
 
 
+def two_arms(rng: np.random.Generator, count: int, seeds: int, items: int, seed_sd: float, effect: float = 0.0) -> tuple[Array, Array]:
+    """Two arms that share no seed; the difference of a run of each is drawn like `gaussian`'s."""
+    hard = rng.standard_normal((count, 1, items))
+
+    def arm(level: Array | float) -> Array:
+        return level + np.sqrt(0.5) * (seed_sd * rng.standard_normal((count, seeds, 1)) + rng.standard_normal((count, seeds, items)))
+
+    return arm(effect + hard + ITEM_SD * rng.standard_normal((count, 1, items))), arm(hard)
+
+
 def right_or_wrong(rng: np.random.Generator, count: int, seeds: int, items: int, seed_sd: float) -> Array:
     """Two arms that are equally good: items are hard or easy for both, runs are good or bad, answers 0 or 1."""
     from scipy.special import ndtr

@@ -11,6 +11,7 @@ from typing import Any
 import fake
 import pytest
 
+from limbeck.arms import OTHER_SEEDS
 from limbeck.report.collect import collect
 from limbeck.report.judge import forgotten, judge
 from limbeck.report.page import build_report
@@ -62,7 +63,10 @@ def study(path: Path, shares: dict[str, float], seeds: int = 5, amendments: list
         "tune": {"learning_rates": [1e-4, 3e-4], "evaluate": {"type": "exact_match", "name": "validation"}},
         "recipes": {},
     }
-    about = {arm: {"role": role, "parent": None, "seeds": list(range(fewer.get(arm, seeds)))} for arm, role in arms.items()}
+    about = {
+        arm: {"role": role, "parent": None, "seeds": [OTHER_SEEDS * (role == "again") + seed for seed in range(fewer.get(arm, seeds))]}
+        for arm, role in arms.items()
+    }
     tuning = {"sft": {"tried": {"0.0001": 0.3, "0.0003": 0.2}, "chosen": 0.0001}}
     fake.write_json(
         path / "study.json",
@@ -107,6 +111,7 @@ def test_a_lead_is_found_and_the_study_checks_out(tmp_path):
     verdict = its.verdicts["logits", "sft"]
     assert verdict.outcome == "BEATS" and verdict.num_seeds == 5 and verdict.num_items == NUM_ITEMS
     assert its.state == "sound" and its.planted.outcome == "LOSES" and its.again.outcome in ("TIES", "INCONCLUSIVE")
+    assert (its.again.components.num_sets, verdict.components.num_sets) == (2, 1), "only the A/A control shares no seed"
     assert 0.3 < its.gaps["logits"].value < 0.95 and set(its.gaps) == {"logits"}
     assert json.loads(json.dumps(its.to_json()))["comparisons"][0]["outcome"] == "BEATS"
 

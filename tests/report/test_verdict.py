@@ -8,16 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
-from simulate import false_positives, gaussian, right_or_wrong
+from simulate import false_positives, gaussian, right_or_wrong, two_arms
 
 from limbeck.errors import LimbeckError, RunError
 from limbeck.report import crossed as crossing
-from limbeck.report.crossed import Components, crossed, mean_squares
+from limbeck.report.crossed import Array, Components, apart, mean_squares
 from limbeck.report.gap import gap_recovered
-from limbeck.report.verdict import Comparison, differences, holm, mcnemar, verdict, verdicts
+from limbeck.report.verdict import Comparison, holm, mcnemar, scores, verdict, verdicts
 
 NOMINAL, POINT = 0.05, 0.01
 SETTINGS = [(seeds, sd, items) for seeds in (3, 5, 10) for sd in (0.0, 1 / 6, 1 / 3) for items in (50, 300)]
+
+
+def crossed(table: Array) -> Any:
+    return crossing.crossed(mean_squares(table))
 
 
 def noise(rate: float, count: int) -> float:
@@ -82,6 +86,42 @@ def test_ties_are_not_found_where_the_difference_is_the_margin(seeds, sd):
     squares = mean_squares(gaussian(rng(seeds, sd, 3), count, seeds, 50, sd, effect=margin))
     tied = np.abs(squares.mean) + squares.half_width(2 * NOMINAL) < margin  # two one-sided tests at 5 %
     assert float(np.mean(tied)) <= NOMINAL + POINT
+
+
+@pytest.mark.parametrize(("seeds", "sd"), [(seeds, sd) for seeds in (3, 5, 10) for sd in (0.0, 1 / 3)])
+def test_arms_that_share_no_seed_err_no_more_and_are_told_apart_more_often(seeds, sd):
+    """Against pairs by the order of the runs, which have half the degrees of freedom."""
+    count = 3000
+    alike = apart(*two_arms(rng(seeds, sd, 4), count, seeds, 50, sd))
+    found = float(np.mean(np.abs(alike.mean) > alike.half_width(NOMINAL)))
+    assert found <= NOMINAL + POINT + noise(NOMINAL, count) / 3, found
+    stderr = math.sqrt((sd**2 + 1 / 50) / seeds + 0.25 / 50)
+    ours, theirs = two_arms(rng(seeds, sd, 5), count, seeds, 50, sd, effect=3 * stderr)
+    squares = apart(ours, theirs)
+    told = float(np.mean(np.abs(squares.mean) > squares.half_width(NOMINAL)))
+    assert told > false_positives(ours - theirs) + (0.0 if seeds == 10 else 0.02)
+    parts = Components(sd**2, 0.25, 1.0, num_sets=2)
+    assert crossing.power(parts, seeds, 50, 3 * stderr) == pytest.approx(told, abs=0.05)
+
+
+def test_the_order_of_runs_that_are_not_paired_tells_nothing():
+    ours, theirs = (table[0] for table in two_arms(rng(21), 1, 5, 40, 0.3))
+    a, b = crossing.crossed(apart(ours, theirs)), crossing.crossed(apart(ours, theirs[::-1]))
+    assert (a.value, a.p, *a.interval) == pytest.approx((b.value, b.p, *b.interval))
+    assert crossed(ours - theirs).p != pytest.approx(crossed(ours - theirs[::-1]).p), "in pairs, it would"
+    assert a.components.num_sets == 2 and 4 <= apart(ours, theirs).df <= 8
+    its = [verdicts({"it": Comparison(runs(ours), runs(rows), is_paired=False)}, 0.1)["it"] for rows in (theirs, theirs[::-1])]
+    assert its[0].p_better == pytest.approx(a.p) and its[0].p_ties == pytest.approx(its[1].p_ties)
+    assert float(apart(np.ones((2, 3)), np.ones((2, 3))).half_width(NOMINAL)) == 0.0
+
+
+def test_runs_that_are_not_paired_by_hand():
+    """Without spread of items or residual, it is Welch's test of the runs' means."""
+    means = np.array([0.1, 0.4, 0.2, 0.7]), np.array([0.5, 0.6, 0.5, 0.8])
+    its = crossing.crossed(apart(*(np.repeat(each[:, None], 30, axis=1) for each in means)))
+    expected = scipy_stats.ttest_ind(*means, equal_var=False)
+    assert its.p == pytest.approx(expected.pvalue) and its.df == pytest.approx(expected.df)
+    assert its.interval == pytest.approx(tuple(expected.confidence_interval()))
 
 
 def test_p_values_are_those_of_the_interval():
@@ -173,7 +213,8 @@ def test_ratios_are_those_of_the_metric():
     generator = rng(10)
     ours = [{f"q{i}": (generator.random() * n, float(n)) for i, n in enumerate((3, 50, 7, 11))} for _ in range(2)]
     theirs = [{name: (count * 0.2, count) for name, (_, count) in run.items()} for run in ours]
-    table = differences(ours, theirs)
+    items = list(ours[0])
+    table = scores(ours, items) - scores(theirs, items)
     for row, run in zip(table, ours, strict=True):
         assert row.mean() == pytest.approx(sum(t for t, _ in run.values()) / 71 - 0.2)
 

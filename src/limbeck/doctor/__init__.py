@@ -98,6 +98,7 @@ def _headroom(recipe: Recipe, student: Student, tokenizer: Any) -> Finding:
     from limbeck.doctor.headroom import headroom
 
     try:
+        recipe.teacher.reach()
         return headroom(recipe, student, tokenizer)
     except LimbeckError as error:
         return Finding("headroom", "stop", str(error))

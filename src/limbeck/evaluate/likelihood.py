@@ -49,8 +49,13 @@ def shares_cache(model: Any) -> bool:
     from limbeck.models import backbone
 
     token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    cache: Any = getattr(backbone(model)(input_ids=token, position_ids=token, use_cache=True), "past_key_values", None)
-    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    caches = _cache(backbone(model)(input_ids=token, position_ids=token, use_cache=True)).values()
+    return any(type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers) for cache in caches)
+
+
+def _cache(read: Any) -> dict[str, Any]:
+    """The cache that a model gave, by the name by which it takes it again: `past_key_values`, in newer releases of transformers `cache`."""
+    return {name: value for name, value in read.items() if name in ("cache", "past_key_values")}
 
 
 def _behind_cache(subject: Subject, prompts: Sequence[Sequence[int]], owner: Sequence[int], targets: Tensor) -> Tensor:
@@ -68,14 +73,16 @@ def _behind_cache(subject: Subject, prompts: Sequence[Sequence[int]], owner: Seq
     rows: Tensor = read.last_hidden_state[of, -1:]
     if targets.shape[1] == 1:
         return rows
-    read.past_key_values.batch_select_indices(of)
+    cache = _cache(read)
+    for its in cache.values():
+        its.batch_select_indices(of)
     steps = torch.arange(targets.shape[1] - 1, device=device)
     more = decoder(
         input_ids=targets[:, :-1],
         attention_mask=torch.cat([mask[of], torch.ones_like(targets[:, 1:])], dim=1),
         position_ids=positions[of, -1:] + 1 + steps,
-        past_key_values=read.past_key_values,
         use_cache=True,
+        **cache,
     )
     return torch.cat([rows, more.last_hidden_state], dim=1)
 

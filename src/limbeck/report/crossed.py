@@ -13,13 +13,16 @@ so that it is never below what seeds alone, or items alone, give. The interval a
 
 and not t(df)^2 times their sum with Satterthwaite's df: with 3 seeds a seed variance that is small by luck gives a narrow interval *and*
 a large df, and 5 % become up to 9 % (`test_satterthwaite_is_not_enough_for_three_seeds`). With 10 seeds the two hardly differ.
+
+Runs that share a seed are paired, and a cell is their difference. Where two arms share no seed, which two runs make a row is arbitrary, so
+MS_seed and MS_residual are found within each arm and added, with Welch's df for MS_seed, between S - 1 and 2 (S - 1); items stay paired.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,17 +38,19 @@ MOST_ITEMS, MOST_SEEDS = 1_000_000, 1_000
 
 @dataclass(frozen=True)
 class Components:
-    """Variances of a cell's three effects, in squared units of the metric."""
+    """Variances of the three effects of a difference, in squared units of the metric. `num_sets` of seeds that know nothing of each other:
+    1 where two arms share each seed, 2 where each has its own."""
 
     seed: float
     item: float
     residual: float
+    num_sets: int = 1
 
 
 @dataclass(frozen=True)
 class Crossed:
     """A grand mean over `num_seeds` x `num_items` cells. `interval` is value -+ t(df) * stderr at 1 - alpha: `df` is the number at which
-    Student's t has the interval's critical value, between num_seeds - 1 and num_items - 1. `p` is two-sided, of a true mean of 0."""
+    Student's t has the interval's critical value, between those of seeds and of items. `p` is two-sided, of a true mean of 0."""
 
     value: float
     stderr: float
@@ -60,7 +65,7 @@ class Crossed:
 
 @dataclass(frozen=True)
 class Squares:
-    """Grand means and mean squares of any number of tables [..., num_seeds, num_items]; every array is [...]."""
+    """Grand means and mean squares of any number of tables [..., num_seeds, num_items]; every array is [...]. `df` is that of `seed`."""
 
     mean: Array
     seed: Array
@@ -68,6 +73,8 @@ class Squares:
     residual: Array
     num_seeds: int
     num_items: int
+    df: Array
+    num_sets: int = 1
 
     def parts(self) -> tuple[Array, Array]:
         """Squared standard errors of the grand mean: from seeds and residual, from items alone."""
@@ -77,39 +84,36 @@ class Squares:
     def half_width(self, alpha: float) -> Array:
         """Of the two-sided interval at 1 - alpha."""
         seeds, items = self.parts()
-        return np.sqrt(_t(alpha, self.num_seeds) ** 2 * seeds + _t(alpha, self.num_items) ** 2 * items)
+        return np.sqrt(_t(alpha, self.df) ** 2 * seeds + _t(alpha, self.num_items - 1) ** 2 * items)
 
 
-def crossed(differences: Array, alpha: float = 0.05) -> Crossed:
-    """The mean of `differences` [num_seeds, num_items] with its interval at 1 - alpha; at least two of both.
-
-    A row is what one run of an arm scores minus what one run of another scores, item by item. Rows of a seed share initial weights and
-    data order where the arms do; an A/A twin has other seeds, and then which two runs make a row is arbitrary. Both are valid: what is
-    asked is that rows are independent of each other, and the spread of the rows shows whether sharing a seed helped.
-    """
-    num_seeds, num_items = differences.shape
-    if min(num_seeds, num_items) < 2:
-        raise RunError(f"a difference over {num_seeds} seeds and {num_items} items has no interval; expected at least 2 of both")
-    if not np.isfinite(differences).all():
-        raise RunError("a difference between runs is not a finite number; expected finite scores of every item")
-    squares = mean_squares(differences)
+def crossed(squares: Squares, alpha: float = 0.05) -> Crossed:
+    """The mean of one table with its interval at 1 - alpha."""
     value, stderr, half = float(squares.mean), math.sqrt(sum(float(part) for part in squares.parts())), float(squares.half_width(alpha))
     return Crossed(
         value,
         stderr,
-        _equivalent_df(half / stderr if stderr else math.inf, alpha, num_seeds, num_items),
+        _equivalent_df(half / stderr if stderr else math.inf, alpha, squares),
         (value - half, value + half),
         two_sided(squares, 0.0),
         alpha,
         components(squares),
-        num_seeds,
-        num_items,
+        squares.num_seeds,
+        squares.num_items,
     )
 
 
 def mean_squares(tables: Array) -> Squares:
-    """Two-way analysis of variance without replication of tables [..., num_seeds, num_items]."""
+    """Two-way analysis of variance without replication of tables [..., num_seeds, num_items], at least two of both.
+
+    A row is what one run of an arm scores minus what one run of another scores, item by item. Both share initial weights and data order
+    where the arms do; the spread of the rows shows whether that helped.
+    """
     num_seeds, num_items = tables.shape[-2:]
+    if min(num_seeds, num_items) < 2:
+        raise RunError(f"a difference over {num_seeds} seeds and {num_items} items has no interval; expected at least 2 of both")
+    if not np.isfinite(tables).all():
+        raise RunError("a difference between runs is not a finite number; expected finite scores of every item")
     mean = tables.mean((-2, -1))
     rows, columns = tables.mean(-1) - mean[..., None], tables.mean(-2) - mean[..., None]
     rest = tables - mean[..., None, None] - rows[..., :, None] - columns[..., None, :]
@@ -120,7 +124,16 @@ def mean_squares(tables: Array) -> Squares:
         (rest**2).sum((-2, -1)) / ((num_seeds - 1) * (num_items - 1)),
         num_seeds,
         num_items,
+        np.full_like(mean, num_seeds - 1),
     )
+
+
+def apart(ours: Array, theirs: Array) -> Squares:
+    """The same of ours minus theirs, tables of as many runs that share no seed: nothing depends on the order of the runs."""
+    one, other, both = mean_squares(ours), mean_squares(theirs), mean_squares(ours - theirs)
+    seed, squared = one.seed + other.seed, one.seed**2 + other.seed**2
+    share = np.divide(seed**2, squared, out=np.ones_like(seed), where=squared > 0)  # 1 where one arm alone varies, 2 where both do alike
+    return replace(both, seed=seed, residual=one.residual + other.residual, df=share * (both.num_seeds - 1), num_sets=2)
 
 
 def components(squares: Squares) -> Components:
@@ -130,6 +143,7 @@ def components(squares: Squares) -> Components:
         max((float(squares.seed) - residual) / squares.num_items, 0.0),
         max((float(squares.item) - residual) / squares.num_seeds, 0.0),
         residual,
+        squares.num_sets,
     )
 
 
@@ -207,10 +221,14 @@ def _planned(parts: Components, num_seeds: int, num_items: int, alpha: float) ->
     def quantiles(count: int, df: int) -> Array:
         return np.asarray(chdtri(df, (np.arange(count) + 0.5) / count) / df)
 
-    seed = (parts.residual + num_items * parts.seed) * quantiles(200, num_seeds - 1)
+    per_set = quantiles(200 if parts.num_sets == 1 else 20, num_seeds - 1)
+    one, other = (per_set, per_set) if parts.num_sets == 1 else (each.ravel() for each in np.meshgrid(per_set, per_set))
+    df = (num_seeds - 1) * parts.num_sets / 2 * (one + other) ** 2 / (one**2 + other**2)  # of `apart`, whose arms vary alike
+    seed = (parts.residual + num_items * parts.seed) * (one + other) / 2
     item = (parts.residual + num_seeds * parts.item) * quantiles(20, num_items - 1)
-    seed, item = (each.ravel() for each in np.meshgrid(seed, item))
-    squares = Squares(np.zeros_like(seed), seed, item, np.full_like(seed, parts.residual), num_seeds, num_items)
+    (seed, item), (df, _) = (np.meshgrid(each, item) for each in (seed, df))
+    residual = np.full_like(seed, parts.residual)
+    squares = Squares(np.zeros_like(seed), seed, item, residual, num_seeds, num_items, df)
     variance = parts.seed / num_seeds + parts.item / num_items + parts.residual / (num_seeds * num_items)
     return math.sqrt(variance), squares.half_width(alpha)
 
@@ -237,18 +255,18 @@ def _crossing(holds: Callable[[float], bool], low: float, high: float) -> float:
     return high
 
 
-def _t(alpha: float, count: int) -> float:
-    """Two-sided critical value of Student's t with count - 1 degrees of freedom."""
+def _t(alpha: float, df: Array | int) -> Array:
+    """Two-sided critical value of Student's t."""
     from scipy.special import stdtrit
 
-    return -float(stdtrit(count - 1, alpha / 2))
+    return -np.asarray(stdtrit(df, alpha / 2))
 
 
-def _equivalent_df(critical: float, alpha: float, num_seeds: int, num_items: int) -> float:
+def _equivalent_df(critical: float, alpha: float, squares: Squares) -> float:
     """The degrees of freedom at which Student's t has this critical value; the fewer of both where nothing varies."""
-    few, many = sorted((num_seeds - 1, num_items - 1))
+    few, many = sorted((float(squares.df), squares.num_items - 1.0))
     if not math.isfinite(critical):
-        return float(few)
+        return few
     from scipy.special import stdtrit
 
-    return _crossing(lambda df: -stdtrit(df, alpha / 2) <= critical, float(few), float(many))
+    return _crossing(lambda df: -stdtrit(df, alpha / 2) <= critical, few, many)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from limbeck.errors import RunError
 from limbeck.report.crossed import crossed, mean_squares
-from limbeck.report.verdict import Run, contributions, shared_items
+from limbeck.report.verdict import Run, contributions, scores, shared_items
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,10 @@ def gap_recovered(arm: Sequence[Run], sft: Sequence[Run], teacher: Run, higher_i
     items = shared_items([teacher, *arm, *sft])
     if len(items) < 2:
         raise RunError(f"gap recovered: found {len(items)} items that count in every run and for the teacher; expected at least 2")
-    base = np.stack([contributions(run, items) for run in sft])
-    gained = np.stack([contributions(run, items) for run in arm]) - base
+    base = scores(sft, items)
+    gained = scores(arm, items) - base
     lead = contributions(teacher, items)[None] - base
-    whole = crossed(lead, alpha)
+    whole = crossed(mean_squares(lead), alpha)
     if whole.p > alpha or (whole.value > 0) != higher_is_better:
         low, high = whole.interval
         return Gap(None, None, f"the teacher's lead over SFT is not significant: {whole.value:.4g} [{low:.4g}, {high:.4g}]")
@@ -47,7 +45,7 @@ def gap_recovered(arm: Sequence[Run], sft: Sequence[Run], teacher: Run, higher_i
         squares = mean_squares(gained - share * lead)
         return bool(abs(squares.mean) > squares.half_width(alpha))
 
-    share = crossed(gained, alpha).value / whole.value
+    share = float(gained.mean()) / whole.value
     return Gap(share, (_edge(is_excluded, share, -1.0), _edge(is_excluded, share, 1.0)))
 
 

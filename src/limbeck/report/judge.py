@@ -68,20 +68,20 @@ def judge(evidence: Evidence) -> Judgement | None:
     up, margin, alpha = examples[benchmark, metric]["higher_is_better"], primary["margin"], primary["alpha"]
     runs = {arm: measured for arm, its in evidence.finished.items() if (measured := _by_seed(its, benchmark, metric))}
     pairs = [(arm, other) for arm, other in evidence.judged["compared"]]
-    matched = {pair: _matched(runs.get(pair[0], {}), runs.get(pair[1], {})) for pair in pairs}
-    ready = {f"{arm} and {other}": (arm, other) for (arm, other), (ours, _) in matched.items() if ours}
+    matched = {pair: _matched(runs.get(pair[0], {}), runs.get(pair[1], {}), up) for pair in pairs}
+    ready = {f"{arm} and {other}": (arm, other) for (arm, other), its in matched.items() if its.ours}
 
     def control(role: str) -> Verdict | None:
-        ours, theirs = _matched(runs.get(evidence.of_role(role) or "", {}), runs.get(baseline, {}))
-        return verdicts({role: Comparison(ours, theirs, up)}, margin, alpha)[role] if ours else None
+        its = _matched(runs.get(evidence.of_role(role) or "", {}), runs.get(baseline, {}), up)
+        return verdicts({role: its}, margin, alpha)[role] if its.ours else None
 
-    found = verdicts({name: Comparison(*matched[pair], up) for name, pair in ready.items()}, margin, alpha) if ready else {}
+    found = verdicts({name: matched[pair] for name, pair in ready.items()}, margin, alpha) if ready else {}
     teacher = item_pairs(evidence.references.get("teacher", {}), benchmark, metric)
     gaps = {}
     for arm in runs if teacher else ():
-        ours, theirs = _matched(runs[arm], runs.get(baseline, {}))
-        if ours and arm != baseline and evidence.about.get(arm, {}).get("role", "arm") == "arm":
-            gaps[arm] = gap_recovered(ours, theirs, teacher, up, alpha)
+        its = _matched(runs[arm], runs.get(baseline, {}), up)
+        if its.ours and its.is_paired and arm != baseline and evidence.about.get(arm, {}).get("role", "arm") == "arm":
+            gaps[arm] = gap_recovered(its.ours, its.theirs, teacher, up, alpha)
     return Judgement(
         benchmark,
         metric,
@@ -102,12 +102,12 @@ def _by_seed(runs: Sequence[RunRecord], benchmark: str, metric: str) -> dict[int
     return {seed: items for seed, items in found.items() if items}
 
 
-def _matched(ours: Mapping[int, Run], theirs: Mapping[int, Run]) -> tuple[list[Run], list[Run]]:
-    """Runs of the seeds that both have; an A/A twin, which shares none, in the order of its seeds."""
+def _matched(ours: Mapping[int, Run], theirs: Mapping[int, Run], up: bool) -> Comparison:
+    """Runs of the seeds that both have, in pairs; of an A/A twin, which shares none, as many as there are of the other, and no pairs."""
     if shared := [seed for seed in ours if seed in theirs]:
-        return [ours[seed] for seed in shared], [theirs[seed] for seed in shared]
+        return Comparison([ours[seed] for seed in shared], [theirs[seed] for seed in shared], up)
     count = min(len(ours), len(theirs))
-    return list(ours.values())[:count], list(theirs.values())[:count]
+    return Comparison(list(ours.values())[:count], list(theirs.values())[:count], up, is_paired=False)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from limbeck.report.crossed import (
     Array,
     Components,
     above,
+    apart,
     crossed,
     items_needed,
     mean_squares,
@@ -31,11 +32,12 @@ Outcome = Literal["BEATS", "LOSES", "TIES", "INCONCLUSIVE", "NO VERDICT"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arms on one metric: one run per seed of each, in the order of the seeds."""
+    """Two arms on one metric: as many runs of each, in the order of their seeds. `is_paired`: they are the same seeds in both."""
 
     ours: Sequence[Run]
     theirs: Sequence[Run]
     higher_is_better: bool = True
+    is_paired: bool = True
 
 
 @dataclass(frozen=True)
@@ -136,14 +138,13 @@ def mcnemar(ours: Run, theirs: Run) -> McNemar | None:
     return McNemar(float(binomtest(only_ours, discordant).pvalue) if discordant else 1.0, only_ours, only_theirs)
 
 
-def differences(ours: Sequence[Run], theirs: Sequence[Run]) -> Array:
-    """What each item contributes to ours minus theirs, [num_seeds, num_items], over the items that count in every run.
+def scores(runs: Sequence[Run], items: Sequence[str]) -> Array:
+    """What each item contributes to the score of each run, [num_seeds, num_items], for items that count in all of them.
 
-    A row's mean is the difference of the two runs' ratios sum(sums) / sum(counts). An item's deviation from it is its influence on our
-    ratio minus that on theirs, to first order (`stats.paired_difference`); where every count is 1, the cells are plain differences.
+    A row's mean is the run's ratio sum(sums) / sum(counts). An item's deviation from it is its influence on the ratio, to first order
+    (`stats.paired_difference`); where every count is 1, the cells are what the items scored.
     """
-    items = shared_items([*ours, *theirs])
-    return np.stack([contributions(a, items) - contributions(b, items) for a, b in zip(ours, theirs, strict=True)])
+    return np.stack([contributions(run, items) for run in runs])
 
 
 def shared_items(runs: Sequence[Run]) -> list[str]:
@@ -169,9 +170,9 @@ def _measured(name: str, comparison: Comparison, margin: float, alpha: float) ->
         raise RunError(f"{name}: found {len(items)} of {known} items that count in every run; expected at least 2, measured in all")
     if len(ours) == 1:
         return _one_seed(comparison, margin, alpha, len(items), known - len(items))
-    table = differences(ours, theirs)
-    estimate, squares = crossed(table, alpha), mean_squares(table)
-    is_alike = not table.any()
+    a, b = scores(ours, items), scores(theirs, items)
+    squares = mean_squares(a - b) if comparison.is_paired else apart(a, b)
+    estimate, is_alike = crossed(squares, alpha), not (a - b).any()
     # within the margin: above its lower end, and below its upper end
     p_ties = max(above(squares, -margin), above(replace(squares, mean=-squares.mean), -margin))
     return Verdict(

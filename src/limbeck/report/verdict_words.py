@@ -93,7 +93,7 @@ def verdict_table(evidence: Evidence, judged: Judgement) -> Table:
         for (arm, other), its in judged.verdicts.items()
     ]
     for its, role, meaning in (
-        (judged.again, "again", "A/A control: must not lead"),
+        (judged.again, "again", "A/A control: must not lead; its seeds are its own, so no two runs are paired"),
         (judged.planted, "planted", "planted handicap: must lose"),
     ):
         if its is not None:

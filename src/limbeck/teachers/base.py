@@ -85,6 +85,9 @@ class Teacher(Family):
     def check(self) -> None:
         """Raise on what would stop `open` and shows before anything is loaded: a missing model or package. Torch-free."""
 
+    def reach(self) -> None:
+        """Raise where it is elsewhere and does not answer now: for who asks a question, and not for a run, which waits."""
+
     def prepare(self) -> None:
         """Fetch what `provides` needs in order to know its layers, and nothing more; most teachers have it at hand."""
 

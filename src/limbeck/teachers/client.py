@@ -45,7 +45,7 @@ class _PassingError(Exception):
 
 
 class Client:
-    """Asks one server; may be used by several threads. `url` is the base of the API, with its `/v1`."""
+    """Asks one server; may be used by several threads. `url` is the base of the API, with its `/v1`. Without `patience` it asks once."""
 
     def __init__(self, url: str, name: str, key_variable: str | None, timeout: float, patience: float, connections: int) -> None:
         import httpx
@@ -110,6 +110,8 @@ class Client:
                 f"teacher {self.url}: {error}; {bad} answers of {self.name!r} were like that. What was done before stays"
             ) from None
         except _PassingError as error:
+            if not self._patience:
+                raise RunError(f"teacher {self.url}: {error.cause}; expected a server that answers there (teacher.url)") from None
             raise RunError(
                 f"teacher {self.url}: {error}, for {self._patience:g} seconds (teacher.patience_seconds). What was done before "
                 "stays, and goes on where the server answers again"

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from limbeck.teachers.client import Client
 
 
+REACH_SECONDS = 10.0
+"""How long a server may take to say which models it serves, where nobody waits for it."""
+
+
 class ServerTeacher(ToldTeacher):
     """A model behind an OpenAI-compatible API that takes token ids and gives `prompt_logprobs` keyed by token id, as vLLM does.
 
@@ -84,6 +88,16 @@ class ServerTeacher(ToldTeacher):
             raise RecipeError(f"teacher.key_variable: the environment has no {self.key_variable}; expected the server's key in it")
         if not (key.isascii() and key.isprintable()):
             raise RecipeError(f"teacher.key_variable: {self.key_variable} holds what no header can carry; expected a line of ASCII")
+
+    def reach(self) -> None:
+        from limbeck.teachers.client import Client
+
+        self.check()
+        client = Client(self.url, self.served_name, self.key_variable, min(self.timeout_seconds, REACH_SECONDS), 0.0, 1)
+        try:
+            client.longest()
+        finally:
+            client.stop()
 
     def open(self, tokenizer: Any, needs: Needs, device: str = "cpu") -> ServerScorer:
         from limbeck.models import load_tokenizer
