@@ -38,14 +38,14 @@ def save(
     root: Path,
     step: int,
     learner: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     state: dict[str, Any],
     keep: int,
     world: World = ALONE,
 ) -> Path:
     """Write the checkpoint of `step` finished steps and delete all but the newest `keep` (at least one). Every process calls it; where one
-    cannot write, all raise."""
-    final = root / f"step-{step:08d}"
+    cannot write, all raise. Without an optimizer it holds weights alone."""
+    final = root / name_of(step)
     temporary = root / f"{final.name}{_TEMPORARY}"
     files: dict[str, Any] = {}
 
@@ -54,7 +54,7 @@ def save(
         temporary.mkdir(parents=True)
 
     def write() -> None:
-        _write(temporary, weights(learner), _optimizer_state(learner, optimizer), world)
+        _write(temporary, weights(learner), None if optimizer is None else _optimizer_state(learner, optimizer), world)
         files.update({file.name: _describe(file) for file in temporary.glob(distributed.parts_of(world))})
 
     def publish() -> None:
@@ -78,23 +78,21 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True) if world.is_main else None
             raise RunError(f"{final}: the checkpoint could not be written ({told}); earlier checkpoints are untouched") from error
     if world.is_main:
-        published = _published(root)
+        there = published(root)
         # a later one is damaged, and this run has gone back behind it
-        later = published.index(final)
-        for old in published[:later] + published[later + max(keep, 1) :]:
+        later = there.index(final)
+        for old in there[:later] + there[later + max(keep, 1) :]:
             remove(old)
     return final
 
 
-def load_latest(root: Path, learner: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE) -> dict[str, Any] | None:
+def load_latest(root: Path, learner: nn.Module, optimizer: torch.optim.Optimizer | None, world: World = ALONE) -> dict[str, Any] | None:
     """Restore the newest checkpoint and return its state, or None where there is none. RunError names one that is damaged: whoever deletes
     it has said that the one before it is to be used."""
-    published = distributed.of_all(_published(root), world)[0]
-    for path in published[:1]:
-        problem = next(filter(None, distributed.of_all(_problem(path, world), world)), None)
-        if problem:
-            before = f"from {published[1].name}" if len(published) > 1 else "from the beginning"
-            raise RunError(f"{path}: damaged: {problem}. Delete this folder to go on {before}")
+    there = distributed.of_all(published(root), world)[0]
+    for path in there[:1]:
+        before = f"from {there[1].name}" if len(there) > 1 else "from the beginning"
+        refuse_damaged(path, world, before if optimizer is not None else "without it")
         try:
             _restore(learner, optimizer, path, world)
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -102,6 +100,13 @@ def load_latest(root: Path, learner: nn.Module, optimizer: torch.optim.Optimizer
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:  # whoever writes the files can write checksums too
             raise RunError(f"{path}: damaged: not what a checkpoint holds ({type(error).__name__}: {error})") from error
     return None
+
+
+def refuse_damaged(path: Path, world: World, otherwise: str) -> None:
+    """RunError, on all ranks alike, where a checkpoint is not what was written. `otherwise` is how a run goes on when it is deleted."""
+    problem = next(filter(None, distributed.of_all(_problem(path, world), world)), None)
+    if problem:
+        raise RunError(f"{path}: damaged: {problem}. Delete this folder to go on {otherwise}")
 
 
 def remove(path: Path) -> None:
@@ -119,9 +124,19 @@ def clean(root: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _published(root: Path) -> list[Path]:
+def published(root: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     return sorted((path for path in root.glob("step-*") if _TEMPORARY not in path.name), reverse=True)
+
+
+def name_of(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The number of finished steps that a checkpoint's folder is named after."""
+    return int(path.name.removeprefix("step-"))
 
 
 def weights(learner: nn.Module) -> dict[str, Tensor]:
@@ -140,22 +155,22 @@ def _optimizer_state(learner: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
-def _write(folder: Path, learner: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], world: World) -> None:
+def _write(folder: Path, learner: Mapping[str, Tensor], optimizer: Mapping[str, Tensor] | None, world: World) -> None:
     if distributed.is_divided(learner.values()):
-        distributed.write_parts({**learner, **optimizer}, dict.fromkeys(learner, 1) | dict.fromkeys(optimizer, 2), folder)
+        distributed.write_parts({**learner, **(optimizer or {})}, dict.fromkeys(learner, 1) | dict.fromkeys(optimizer or {}, 2), folder)
     elif world.is_main:
-        for name, tensors in ((WEIGHTS, learner), (OPTIMIZER, optimizer)):
+        for name, tensors in ((WEIGHTS, learner), *([] if optimizer is None else [(OPTIMIZER, optimizer)])):
             save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name)
 
 
-def _restore(learner: nn.Module, optimizer: torch.optim.Optimizer, path: Path, world: World) -> None:
+def _restore(learner: nn.Module, optimizer: torch.optim.Optimizer | None, path: Path, world: World) -> None:
     parameters, ours, found = dict(learner.named_parameters()), weights(learner), distributed.stored(path)
     state = {label: label.split(":", 1) for label in found if label not in ours}
     is_other = any(found.get(name) != tuple(value.shape) for name, value in ours.items())
     if is_other or any(len(parts) != 2 or parts[1] not in parameters for parts in state.values()):
         raise RunError(f"{path}: holds other weights than this recipe's student and projections; use another run directory")
     targets: dict[str, Tensor] = {}
-    for label, (key, name) in state.items():
+    for label, (key, name) in state.items() if optimizer is not None else ():
         parameter = parameters[name]
         same = found[label] == tuple(parameter.shape)
         # the step counter is on the weights' device too: a fused AdamW has it there

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from limbeck.consistency import check_objective, secret_in
+from limbeck.consistency import check_evaluations, check_objective, secret_in
 from limbeck.errors import LimbeckError, RecipeError
 from limbeck.evaluate import Benchmark
 from limbeck.objectives import HiddenTerm, Needs, Term
@@ -33,8 +33,21 @@ from limbeck.teachers import NoTeacher, Teacher
 from limbeck.trackers import TrackerName
 from limbeck.trackers import require as require_trackers
 
-LATER: tuple[tuple[str, str, Any], ...] = (("", "plugins", []), ("train", "max_skipped_steps", 0))
+LATER: tuple[tuple[str, str, Any], ...] = (
+    ("", "plugins", []), ("train", "max_skipped_steps", 0),
+    ("train", "evaluate_every", None), ("train", "evaluate_only", None), ("train", "best", None),
+)  # fmt: skip
 """Section, key and default of what was added since runs are recorded by the hash of their recipe."""
+
+
+class Best(Spec):
+    """What chooses among the students that evaluations saw. Its score there is the best of several and so too good: choose on validation
+    cases, and judge by others."""
+
+    benchmark: str
+    """One of `evaluate`, by its name."""
+    metric: str = ""
+    """The benchmark's first metric where it is empty. Whether more of it is better, the benchmark knows."""
 
 
 class Train(Spec):
@@ -68,6 +81,14 @@ class Train(Spec):
     """Steps between checkpoints; none are written where it is not set, and a run that is stopped starts over."""
     keep_checkpoints: int = Field(1, ge=0)
     """Checkpoints kept. 0 keeps the newest one only until the run has finished."""
+    evaluate_every: int | None = Field(None, gt=0)
+    """Steps between evaluations during training, into evaluations.jsonl: before the first step, every so many, and after the last. They
+    change nothing of what is learned."""
+    evaluate_only: list[str] | None = Field(None, min_length=1)
+    """The benchmarks of `evaluate` that are asked during training, by name; all of them where it is not set."""
+    best: Best | None = None
+    """Keep the weights of the evaluation that was best by this, and make them the student at the end; those of the last step where it is
+    not set."""
     max_skipped_steps: int = Field(0, ge=0)
     """Steps in a row that are left out where loss or gradient is infinite or no number: weights and optimizer stay as they were, and the
     next step's data come. At one more, or at the first with 0, the run stops. `limbeck replay` does such a step again."""
@@ -78,6 +99,12 @@ class Train(Spec):
     def _fused_is_compiled(self) -> Train:
         if self.uses("compile") and self.head != "fused":
             raise ValueError(f"kernels: found 'compile' beside head {self.head!r}, expected it beside 'fused'")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluates(self) -> Train:
+        if self.evaluate_every is None and (key := "best" if self.best else "evaluate_only" if self.evaluate_only else None):
+            raise ValueError(f"{key}: found it without evaluate_every, expected the steps between evaluations beside it")
         return self
 
     def uses(self, kernel: str) -> bool:
@@ -196,6 +223,7 @@ class Recipe(Extensible):
                 f"evaluate: {needy[0]!r} compares with a teacher, and teacher is {self.teacher.type!r}; set teacher, or remove it"
             )
         check_objective(self)
+        check_evaluations(self)
         vocabulary, k = self.teacher.provides().vocabulary, getattr(self.capture.codec, "k", 0) if self.capture else 0
         if vocabulary is not None and k > vocabulary:
             raise ValueError(f"capture.codec.k: found {k}, expected at most {vocabulary}, the tokens of the teacher")
@@ -205,6 +233,14 @@ class Recipe(Extensible):
     def terms(self) -> dict[str, Term]:
         """Terms of positive weight by key."""
         return active(self.objective)
+
+    @property
+    def during(self) -> list[Benchmark]:
+        """Benchmarks that are asked during training."""
+        if self.train is None or self.train.evaluate_every is None:
+            return []
+        only = self.train.evaluate_only
+        return [benchmark for benchmark in self.evaluate if only is None or benchmark.key in only]
 
     def for_training(self) -> tuple[Student, Train]:
         """The sections that training needs."""
