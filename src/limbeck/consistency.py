@@ -48,7 +48,12 @@ def check_objective(recipe: Any) -> None:
 def check_evaluations(recipe: Any) -> None:
     """Refuse evaluations during training by a benchmark or metric that is not there."""
     spec, known = recipe.train, {benchmark.key: benchmark for benchmark in recipe.evaluate}
-    if spec is None or spec.evaluate_every is None:
+    if spec is None:
+        return
+    if spec.evaluate_every is None:
+        for key in ("best", "evaluate_only"):
+            if getattr(spec, key):
+                raise ValueError(f"train.{key}: found it without train.evaluate_every, expected the steps between evaluations beside it")
         return
     if not known:
         raise ValueError(f"train.evaluate_every: found {spec.evaluate_every} without a benchmark, expected at least one in `evaluate`")

@@ -26,7 +26,7 @@ from limbeck.teachers import ModelTeacher
 
 _SPEED = (
     "micro_batch_size", "pack_length", "gradient_checkpointing", "head", "head_memory_mb", "checkpoint_every",
-    "keep_checkpoints", "report_to", "kernels",
+    "keep_checkpoints", "report_to", "kernels", "evaluate_only",
 )  # fmt: skip
 """Settings of `train` that change what a run costs and not what it learns."""
 
@@ -138,11 +138,16 @@ class Ledger:
         recipe = self._at(task)
         tree = what_is_run(recipe.to_json())
         tree["train"] = {key: value for key, value in tree["train"].items() if key not in _SPEED}
+        chosen_by = recipe.chosen_by
+        if chosen_by is not None:
+            tree["chosen_by"] = self._identity(chosen_by)
+        else:  # evaluations that choose nothing change nothing
+            tree["train"].pop("evaluate_every", None)
         del tree["evaluate"], tree["capture"]
         tree["data"] = content_of(recipe)
         if recipe.plugins:
             tree["plugins"] = plugins.contents(recipe.plugins)
-        if not asks_teacher(recipe):
+        if not asks_teacher(recipe) and not (chosen_by is not None and chosen_by.needs_teacher):
             del tree["teacher"]
         elif self.study.capture:
             tree["capture"] = self._captured
@@ -156,8 +161,12 @@ class Ledger:
         return parse_recipe(self.arms[task.arm].recipe, changes, where=f"arm {task.arm!r}")
 
     def recipe(self, task: Task) -> Recipe:
-        """What is trained: the captured teacher, the parent's student, and no benchmark, as grading is apart."""
-        tree = self._at(task).to_json() | {"evaluate": []}
+        """What is trained: the captured teacher, the parent's student, and no benchmark but those that are asked during training, as
+        grading is apart."""
+        recipe = self._at(task)
+        during = {benchmark.key for benchmark in recipe.during}
+        tree = recipe.to_json()
+        tree["evaluate"] = [its for its, benchmark in zip(tree["evaluate"], recipe.evaluate, strict=True) if benchmark.key in during]
         if self.study.capture:
             tree["teacher"] = self.teacher
         if parent := self.parent(task):

@@ -41,8 +41,7 @@ LATER: tuple[tuple[str, str, Any], ...] = (
 
 
 class Best(Spec):
-    """What chooses among the students that evaluations saw. Its score there is the best of several and so too good: choose on validation
-    cases, and judge by others."""
+    """What chooses among the students that evaluations saw. Its score is then the best of several, and too good: judge by other cases."""
 
     benchmark: str
     """One of `evaluate`, by its name."""
@@ -99,12 +98,6 @@ class Train(Spec):
     def _fused_is_compiled(self) -> Train:
         if self.uses("compile") and self.head != "fused":
             raise ValueError(f"kernels: found 'compile' beside head {self.head!r}, expected it beside 'fused'")
-        return self
-
-    @model_validator(mode="after")
-    def _evaluates(self) -> Train:
-        if self.evaluate_every is None and (key := "best" if self.best else "evaluate_only" if self.evaluate_only else None):
-            raise ValueError(f"{key}: found it without evaluate_every, expected the steps between evaluations beside it")
         return self
 
     def uses(self, kernel: str) -> bool:
@@ -241,6 +234,12 @@ class Recipe(Extensible):
             return []
         only = self.train.evaluate_only
         return [benchmark for benchmark in self.evaluate if only is None or benchmark.key in only]
+
+    @property
+    def chosen_by(self) -> Benchmark | None:
+        """The benchmark by which the student is chosen among those that evaluations saw."""
+        best = self.train.best if self.train else None
+        return next((benchmark for benchmark in self.during if best and benchmark.key == best.benchmark), None)
 
     def for_training(self) -> tuple[Student, Train]:
         """The sections that training needs."""

@@ -232,6 +232,7 @@ class Study(Extensible):
         }
         if self.primary:
             self._check_primary(arms, where)
+            self._check_best(arms, where)
             arms |= self._as_costly(arms, trees[self.baseline], where)
             arms |= self._controls(arms[self.baseline], trees[self.baseline], where)
         if self.tune:
@@ -297,6 +298,18 @@ class Study(Extensible):
                 "can't be primary; expected a task that no arm is trained on"
             )
         benchmark.metric_named(self.primary.metric, f"{where}: primary.metric")
+
+    def _check_best(self, arms: Mapping[str, Arm], where: str) -> None:
+        """An arm's students may be chosen among by validation cases; by those that decide the study, every score would be too good."""
+        assert self.primary is not None
+        decides = next(benchmark for benchmark in arms[self.baseline].recipe.evaluate if benchmark.key == self.primary.benchmark)
+        for name, arm in arms.items():
+            best = arm.recipe.chosen_by
+            if best is not None and _cases(best) == _cases(decides):
+                raise RecipeError(
+                    f"{where}: arm {name!r}: train.best.benchmark: found {best.key!r}, which has the cases of primary.benchmark "
+                    f"{decides.key!r}, so students would be chosen on the test; expected validation cases, such as another `seed` or file"
+                )
 
     def _check_tuning(self, recipe: Recipe, where: str) -> None:
         assert self.tune is not None
