@@ -69,13 +69,13 @@ def _trained(run: Run, recipe: Recipe, tokenizer: Any, world: World) -> Any:
     for benchmark in recipe.evaluate:
         benchmark.samples(tokenizer)  # what cannot be graded shows before hours of training, not after
     student = build_student(student_spec, distributed.opens_on(recipe.parallel, world), recipe.seed)
-    if spec.uses("liger"):
-        kernels.use_liger(student)
     known = run.read_json("data.json", {}).get("layer_maps", {})
     learner, scorer, layer_maps = assemble(recipe, student, tokenizer, source, world, known)
     num_steps = steps_of(recipe, source)
     if world.is_main:
         bookkeeping.describe(run, recipe, source, student, tokenizer, num_steps, layer_maps)
+    if spec.uses("liger"):  # behind all that calls models where they were opened: that may be main memory, and its kernels are Triton's
+        kernels.use_liger(student)
     wrapped = divide(recipe, learner, scorer, world)
     milestones = Milestones(run, recipe, learner, tokenizer, num_steps, world)
     with stopping.deferred():
