@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("5", ("recipe", "suites")),
     ("6", ("calibration", "step", "flops", "divide", "not_finite")),
     ("6", ("bookkeeping",)),
+    ("6", ("milestones",)),
     ("6", ("trainer", "capture")),
     ("6", ("remeasure", "importing", "replay")),
     ("7", ("report",)),
