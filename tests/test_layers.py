@@ -21,7 +21,7 @@ PACKAGE = ROOT / "src" / "limbeck"
 # that is in it; a dotted name (`report.stats`) takes one module out of its package. The empty name is `limbeck/__init__.py`.
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("0", ("errors",)),
-    ("0", ("spec", "batch", "run", "log", "cache", "jobs")),
+    ("0", ("spec", "batch", "run", "log", "cache", "jobs", "heap")),
     ("0", ("on_ray", "stopping", "plugins")),
     ("1", ("objectives", "tokens", "report.stats", "report.crossed")),
     ("1", ("store", "report.verdict")),
