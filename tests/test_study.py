@@ -444,7 +444,7 @@ def test_students_are_chosen_on_validation_data(make_study, tmp_path, trained):
     assert [row["step"] for row in record["evaluations"]] == [0, 1, 2] and set(record["evals"]) == {"sums", "bits_per_byte"}
     values = [row["metrics"]["bits_per_byte"]["bits_per_byte"]["value"] for row in record["evaluations"]]
     assert record["totals"]["best"]["value"] == min(values) == record["evals"]["bits_per_byte"]["metrics"]["bits_per_byte"]["value"]
-    assert "bits per byte chose among students during training" in (tmp_path / "s" / "report.md").read_text()
+    assert "Students were chosen during training by bits per byte. Scores on" in (tmp_path / "s" / "report.md").read_text()
 
 
 def test_rates_are_chosen_on_validation_data(make_study, tmp_path, trained):

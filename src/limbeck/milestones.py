@@ -21,7 +21,7 @@ from limbeck.divide import whole_student
 from limbeck.errors import RunError, nearest
 from limbeck.evaluate import Subject
 from limbeck.evaluate.runner import evaluate
-from limbeck.log import say
+from limbeck.log import say, warn
 from limbeck.recipe import Recipe
 from limbeck.run import Run
 
@@ -133,6 +133,8 @@ class Milestones:
         """Give the learner the weights that were best."""
         if self.best is None or self.best["step"] == self.num_steps:
             return
+        if self.best["step"] == 0:
+            warn(f"{self.run.path}: no evaluation was better than that before the first step, so the student is the untrained one")
         checkpoint.load_latest(self.run.best, self.learner, None, self.world)
         say(f"{self.run.path}: the student is that after step {self.best['step']} of {self.num_steps}, {_said(self.best)}")
 

@@ -150,8 +150,11 @@ def optimistic_sentence(evidence: Evidence) -> str:
     names = {words(found[0]["benchmark"]): None for found in chosen(evidence).values()}
     if not names:
         return ""
-    are = "scores there are" if len(names) > 1 else "its scores are"
-    return f"{listing(list(names))} chose among students during training, so {are} the best of several and too good: judge by other cases."
+    students = "Students were" if evidence.is_study else "The student was"
+    return (
+        f"{students} chosen during training by {listing(list(names))}. Scores on what chose are the best of several, and too good: "
+        "judge by other cases."
+    )
 
 
 def headroom_sentences(found: Sequence[Headroom]) -> list[str]:
