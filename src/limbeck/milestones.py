@@ -140,4 +140,4 @@ class Milestones:
 
 
 def _said(best: Mapping[str, Any]) -> str:
-    return f"{best['benchmark']} {best['metric']} {best['value']:.4g}"
+    return f"{' '.join(dict.fromkeys((best['benchmark'], best['metric'])))} {best['value']:.4g}"

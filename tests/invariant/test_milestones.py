@@ -159,9 +159,9 @@ def test_an_evaluation_that_is_told_to_stop_goes_on(base: dict[str, Any], straig
     partial = run.evals_after(8) / "likelihood.partial.jsonl"
     assert kill(recipe, out, log, partial.exists, signal.SIGTERM) == TRY_AGAIN
     assert [row["step"] for row in run.evaluations()] == [0, 2, 4, 6]
-    assert checkpoint.step_of(checkpoint.published(run.checkpoints)[0]) == 8 and partial.exists()
+    assert checkpoint.step_of(checkpoint.published(run.checkpoints)[0]) == 8
     assert exit_code(forked(["train", str(recipe), "--out", str(out)], log)) == 0
-    assert "goes on behind" in log.read_text() and told(run) == told(straight)
+    assert told(run) == told(straight)
 
 
 @pytest.fixture
