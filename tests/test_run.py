@@ -51,6 +51,13 @@ def test_nothing_after_a_broken_line_is_believed(tmp_path):
     assert run.metrics() == ROWS[:1]
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0b", "\r"], ids=ascii)
+def test_only_a_newline_ends_a_line(tmp_path, separator):
+    run, rows = Run(tmp_path), [{"text": f"one{separator}two"}, *ROWS]
+    write_metrics(run, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert run.metrics() == rows
+
+
 # ---- write_json
 
 

@@ -1,40 +1,35 @@
-"""Forecast: what a study will take before it is started. Runs, tokens and bytes are counted; time is taken from runs that are recorded, or
+"""Forecast: what a study will take before it is started, each arm as `limbeck plan` counts it; time is that of runs that are recorded, or
 estimated from a matrix product that is timed here."""
 
 from __future__ import annotations
 
-import math
-import time
 from pathlib import Path
 from typing import Any
 
-from limbeck.flops import asks_teacher, flops_per_token
+from limbeck.flops import asks_teacher
 from limbeck.ledger import Ledger, Task
 from limbeck.log import console, say
+from limbeck.plan import plan
 from limbeck.report.records import read_record
 from limbeck.study import Study
 
-EFFICIENCY = 0.5
-"""Share of the speed of a bare matrix product that a training step reaches."""
-BYTES_PER_TRAINED = 16
-"""Weight, gradient and two moments of AdamW in float32."""
+MB = 2**20
 
 
 def forecast(study: Study, path: Path | str, results: Path | str | None = None) -> dict[str, Any]:
-    """A row per run that is left, and their sum. Loads tokenizers, no model."""
+    """A row per run that is left, and their sum. Loads tokenizers and shapes, no weights."""
     ledger = Ledger(study, path, results)
-    speed = flops_per_second()
     every = [*ledger.tuning_tasks(), *ledger.tasks()]
     tasks = [task for task in every if ledger.recorded(task) is None]
-    tokens = {arm: _tokens(ledger, arm) for arm in dict.fromkeys(task.arm for task in tasks)}
-    rows = [_expected(ledger, task, tokens[task.arm], speed) for task in tasks]
+    planned = {arm: plan(ledger.arms[arm].recipe) for arm in dict.fromkeys(task.arm for task in tasks)}
+    rows = [_expected(ledger, task, planned[task.arm]) for task in tasks]
     return {
         "name": study.name,
         "runs": rows,
         "num_runs": len(rows),
         "num_recorded": len(every) - len(tasks),
         "tokens": sum(row["tokens"] for row in rows),
-        "train_seconds": sum(row["train_seconds"] or 0.0 for row in rows),
+        "train_seconds": sum(row["train_seconds"] for row in rows),
         "memory_mb": max((row["memory_mb"] for row in rows), default=0.0),
         "disk_mb": sum(row["disk_mb"] for row in rows),
     }
@@ -47,8 +42,8 @@ def show(expected: dict[str, Any]) -> None:
     table = Table("arm", "runs", "tokens each", "minutes each", "from", "memory, MB", box=None)
     for arm in dict.fromkeys(row["arm"] for row in expected["runs"]):
         rows = [row for row in expected["runs"] if row["arm"] == arm]
-        minutes = f"{rows[0]['train_seconds'] / 60:.1f}" if rows[0]["train_seconds"] is not None else "–"
-        table.add_row(arm, str(len(rows)), f"{rows[0]['tokens']:,}", minutes, rows[0]["basis"], f"{rows[0]['memory_mb']:,.0f}")
+        first, minutes = rows[0], f"{rows[0]['train_seconds'] / 60:.1f}"
+        table.add_row(arm, str(len(rows)), f"{first['tokens']:,}", minutes, first["basis"], f"{first['memory_mb']:,.0f}")
     console.print(table)
     say(
         f"{expected['num_runs']} runs to make, {expected['num_recorded']} recorded: {expected['tokens']:,} tokens, about "
@@ -56,64 +51,25 @@ def show(expected: dict[str, Any]) -> None:
     )
 
 
-def _tokens(ledger: Ledger, arm: str) -> int:
-    """Tokens that a run of the arm trains on: those of its first seed, step by step."""
-    from limbeck.models import load_tokenizer
-
-    recipe = ledger.arms[arm].recipe
-    student, train = recipe.for_training()
-    source = recipe.source.open(load_tokenizer(student.model, student.revision), recipe.seed)
-    num_steps = train.steps or math.ceil((train.epochs or 1) * source.steps_per_epoch(train.batch_size))
-    return sum(len(sample.ids) for step in range(num_steps) for sample in source.at(step, train.batch_size))
-
-
-def _expected(ledger: Ledger, task: Task, tokens: int, speed: float) -> dict[str, Any]:
+def _expected(ledger: Ledger, task: Task, planned: dict[str, Any]) -> dict[str, Any]:
     recipe = ledger.arms[task.arm].recipe
-    student, train = recipe.for_training()
     like = [read_record(ledger.file(other)) for other in ledger.tasks() if other.arm == task.arm and ledger.file(other).is_file()]
-    sizes = student.num_parameters()
-    per_token = flops_per_token(recipe)
+    memory, share = planned["peak"], 1.0
+    if ledger.study.capture:  # a captured teacher is read, and neither here nor run
+        memory -= planned["memory"]["teacher"]
+        share -= planned["teacher_flops"] / planned["flops"]
+    seconds, basis = planned["seconds"] * share, "a timed matrix product"
     if like:
-        seconds, basis = tokens / like[0].totals["tokens_per_second"], "a recorded run"
-    elif per_token["student"] is None:
-        seconds, basis = None, "sizes are not known before the model is there"
-    else:
-        # a captured teacher is read and not run
-        live = 0.0 if ledger.study.capture else per_token["teacher"] or 0.0
-        seconds, basis = tokens * (per_token["student"] + live) / (speed * EFFICIENCY), "a timed matrix product"
-    memory = like[0].totals["peak_memory_mb"] if like else _memory(sizes, train.head_memory_mb)
-    own = sum(sizes.values()) if sizes else 0
+        seconds, basis = planned["tokens"] / like[0].totals["tokens_per_second"], "a recorded run"
     return {
         "arm": task.arm,
         "seed": task.seed,
         "learning_rate": task.rate,
         "is_tuning": task.is_tuning,
-        "tokens": tokens,
+        "tokens": planned["tokens"],
         "asks_teacher": asks_teacher(recipe),
         "train_seconds": seconds,
         "basis": basis,
-        "memory_mb": memory,
-        "disk_mb": 4 * own / 2**20,
+        "memory_mb": like[0].totals["peak_memory_mb"] if like else memory / MB,
+        "disk_mb": planned["disk"]["student"] / MB,
     }
-
-
-def _memory(sizes: dict[str, int] | None, head_memory_mb: int) -> float:
-    """Weights, gradients and moments, and the head's chunks; activations come on top."""
-    if sizes is None:
-        return 0.0
-    return (BYTES_PER_TRAINED * sizes["trained"] + 4 * sizes["frozen"]) / 2**20 + head_memory_mb
-
-
-def flops_per_second() -> float:
-    """Of a bare float32 matrix product on this machine's default device, the best of three."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 8192 if device == "cuda" else 1024
-    a = torch.randn(size, size, device=device)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best

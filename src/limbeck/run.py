@@ -195,7 +195,7 @@ def complete_lines(file: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines, as far as they are whole: a last line that a kill cut short is left out."""
     if not file.is_file():
         return
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):  # str.splitlines would split texts of models too
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "limbeck"
@@ -191,13 +192,23 @@ def run(mutant: Mutant | None) -> tuple[int, str]:
         output = Path(folder) / "output"
         child = os.fork()
         if child == 0:
-            os._exit(_test(folder, output))
+            os._exit(_test(folder, output, mutant.loss if mutant else ""))
         _, status = os.waitpid(child, 0)
         failed = re.search(r"^FAILED (?:\S*::)?(.+?)(?: - .*)?$", output.read_text(encoding="utf-8"), re.MULTILINE)
         return os.waitstatus_to_exitcode(status), failed[1] if failed else ""
 
 
-def _test(package: str, output: Path) -> int:
+class _First:
+    """A plugin of pytest: the cases of one loss come first, as they are likeliest to notice what is wrong with it."""
+
+    def __init__(self, loss: str) -> None:
+        self.ours = re.compile(rf"\b{loss}\b")
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items.sort(key=lambda item: self.ours.search(item.name) is None)
+
+
+def _test(package: str, output: Path, loss: str) -> int:
     """The suite on a package in that folder, up to the first failure; in a process of its own, which must not have imported ours."""
     import pytest
 
@@ -208,7 +219,7 @@ def _test(package: str, output: Path) -> int:
     sys.path.insert(0, package)
     sys.dont_write_bytecode = True
     ours = [str(Path(__file__).with_name(name)) for name in ("test_hidden_terms.py", "test_output_terms.py")]
-    return int(pytest.main([*ours, "-x", "-p", "no:cacheprovider"]))
+    return int(pytest.main([*ours, "-x", "-p", "no:cacheprovider"], plugins=[_First(loss)]))
 
 
 def main() -> None:

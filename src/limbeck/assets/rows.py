@@ -205,7 +205,7 @@ def _tool_names(row: Row) -> list[str]:
 
 
 def _json_lines(wheel: ZipFile, name: str) -> Iterator[Row]:
-    for line in wheel.read(name).decode("utf-8").splitlines():
+    for line in wheel.read(name).decode("utf-8").split("\n"):
         if line.strip():
             yield json.loads(line)
 

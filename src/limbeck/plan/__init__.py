@@ -107,7 +107,7 @@ def _opened(recipe: Recipe) -> tuple[Any, int]:
 
 def _time(recipe: Recipe, todo: Work, memory: Memory, measure: int, there: Device | None, processes: int) -> dict[str, Any]:
     """Seconds of the training steps, and what they are taken from."""
-    from limbeck.forecast import EFFICIENCY, flops_per_second
+    from limbeck.plan.devices import EFFICIENCY, flops_per_second
     from limbeck.plan.processes import wire_bytes
 
     _, spec = recipe.for_training()
