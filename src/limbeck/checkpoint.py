@@ -170,12 +170,13 @@ def _restore(learner: nn.Module, optimizer: torch.optim.Optimizer | None, path: 
     if is_other or any(len(parts) != 2 or parts[1] not in parameters for parts in state.values()):
         raise RunError(f"{path}: holds other weights than this recipe's student and projections; use another run directory")
     targets: dict[str, Tensor] = {}
-    for label, (key, name) in state.items() if optimizer is not None else ():
+    for label, (key, name) in state.items():
         parameter = parameters[name]
         same = found[label] == tuple(parameter.shape)
         # the step counter is on the weights' device too: a fused AdamW has it there
         targets[label] = torch.zeros_like(parameter.detach()) if same else torch.zeros(found[label], device=parameter.device)
-        optimizer.state[parameter][key] = targets[label]
+        if optimizer is not None:
+            optimizer.state[parameter][key] = targets[label]
     distributed.read_into({**ours, **targets}, path, world)
 
 

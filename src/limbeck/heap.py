@@ -14,8 +14,8 @@ def without_holes() -> None:
     """Give every tensor of a megabyte and more pages of its own from here on, which go back when it is freed.
 
     In the heap, where else all below 32 MB are, glibc before 2.38 does not find the place of one aligned block for another of the same size
-    (its bug 14581), once a few bytes beside it are taken. Adapters make many blocks that live briefly: a third of a step's memory were such
-    holes. Fresh pages cost time where weights have gradients, and none was found where adapters alone do.
+    (its bug 14581), once a few bytes beside it are taken. Adapters make many blocks that live briefly: a fifth of a run's memory was such
+    holes (benchmarks/README.md). Fresh pages cost time where weights have gradients, and none was found where adapters alone do.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, SMALLEST)
