@@ -556,9 +556,9 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         "tune.evaluate has the cases of base.evaluate's 'sums'",
     ),
     "students chosen on the test": (
-        {"base": {"evaluate": [TASK, TASK | {"name": "the same", "limit": 2}]}, "primary": {"benchmark": "sums", "margin": 1}}
-        | {"arms": ARMS | {"x": ARMS["sft"] | {"train": {"evaluate_every": 1, "best": {"benchmark": "the same"}}}}},
-        "arm 'x': train.best.benchmark: found 'the same', which has the cases of primary.benchmark 'sums', so students would be chosen",
+        {"base": {"evaluate": [TASK, TASK | {"name": "same", "limit": 2}]}, "primary": {"benchmark": "sums", "margin": 1}}
+        | {"arms": ARMS | {"x": ARMS["sft"] | {"train": {"evaluate_every": 1, "best": {"benchmark": "same"}}}}},
+        "arm 'x': train.best.benchmark: found 'same', which has the cases of primary.benchmark 'sums', so students would be chosen",
     ),
     "one rate": (PRIMARY | {"tune": {"learning_rates": [1e-3], "evaluate": TASK | {"seed": 1}}}, "tune.learning_rates: .*at least 2"),
     "rate below 0": (PRIMARY | {"tune": {"learning_rates": [1e-3, -1], "evaluate": TASK | {"seed": 1}}}, "expected rates above 0"),

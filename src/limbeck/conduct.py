@@ -167,7 +167,7 @@ class Conduct:
         from limbeck.evaluate.runner import evaluate
 
         teacher = parse_recipe(
-            self.ledger.base.to_json() | {"evaluate": [], "objective": [], "teacher": self.ledger.teacher}, where="teacher"
+            self.ledger.base.to_json() | {"evaluate": [], "objective": [], "train": None, "teacher": self.ledger.teacher}, where="teacher"
         ).teacher
         for result in evaluate(benchmarks, Subject(model.eval(), tokenizer, world.device, teacher), out / "evals"):
             Run(out).write_json(f"evals/{result.name}.json", result.to_json())
