@@ -7,18 +7,24 @@ from contextlib import suppress
 
 M_MMAP_THRESHOLD = -3
 """Of glibc's malloc.h."""
-SMALLEST = 2**20
+SMALL, LARGE = 2**20, 2**25
+"""Bytes from which a block has pages of its own: as it is asked for here, and what glibc's threshold rises to by itself."""
+
+_asked = False
 
 
-def without_holes() -> None:
-    """Give every tensor of a megabyte and more pages of its own from here on, which go back when it is freed.
+def without_holes(wanted: bool) -> None:
+    """Give every tensor of a megabyte and more pages of its own from here on, which go back when it is freed; or no longer.
 
     In the heap, where else all below 32 MB are, glibc before 2.38 does not find the place of one aligned block for another of the same size
     (its bug 14581), once a few bytes beside it are taken. Adapters make many blocks that live briefly: a fifth of a run's memory was such
     holes (benchmarks/README.md). Fresh pages cost time where weights have gradients, and none was found where adapters alone do.
     """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, SMALLEST)
+    global _asked
+    if wanted != _asked:
+        _asked = wanted
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, SMALL if wanted else LARGE)
 
 
 def give_back() -> None:

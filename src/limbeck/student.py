@@ -89,8 +89,8 @@ def build(spec: Student, device: str = "cpu", seed: int = 0) -> Any:
     """The student in float32, pruned as the spec says, with its head verified, and adapters drawn from `seed`."""
     from limbeck.models import blocks, load_model, verify_head
 
-    if spec.lora is not None and device == "cpu":
-        heap.without_holes()
+    if device == "cpu":
+        heap.without_holes(spec.lora is not None)
     model = load_model(spec.model, "float32", spec.revision, device)
     total = len(blocks(model))
     kept = spec.kept(total)
