@@ -134,9 +134,10 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def step_of(path: Path) -> int:
-    """The number of finished steps that a checkpoint's folder is named after."""
-    return int(path.name.removeprefix("step-"))
+def steps(root: Path) -> list[int]:
+    """Finished steps of the checkpoints in a folder, newest first."""
+    names = (path.name.removeprefix("step-") for path in published(root))
+    return [int(name) for name in names if name.isdecimal()]
 
 
 def weights(learner: nn.Module) -> dict[str, Tensor]:

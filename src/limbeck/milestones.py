@@ -55,14 +55,14 @@ class Milestones:
         again."""
         checkpoint.clean(self.run.best)
         rows = bookkeeping.forget(self.run.evaluations_file, lambda row: row["step"] <= first)
-        steps = {row["step"] for row in rows}
-        for folder in checkpoint.published(self.run.best):
-            if checkpoint.step_of(folder) not in steps:
-                checkpoint.remove(folder)
-        there = checkpoint.published(self.run.best)
+        known = {row["step"] for row in rows}
+        for step in checkpoint.steps(self.run.best):
+            if step not in known:
+                checkpoint.remove(self.run.best / checkpoint.name_of(step))
+        there = checkpoint.steps(self.run.best)
         if self.spec.best is not None and not there:
             rows = bookkeeping.forget(self.run.evaluations_file, lambda row: row["step"] < first)
-        return rows, checkpoint.step_of(there[0]) if there else None
+        return rows, there[0] if there else None
 
     def reach(self, step: int) -> dict[str, Any] | None:
         """Evaluate after so many steps, where that is due; the row for trackers. Raises Stopped, on all ranks alike."""
@@ -122,12 +122,12 @@ class Milestones:
 
     def _thin(self) -> None:
         """Keep the best as it is now, and as it was at each checkpoint that a resume may begin with."""
-        there = checkpoint.published(self.run.best)
-        ends = [sys.maxsize, *map(checkpoint.step_of, checkpoint.published(self.run.checkpoints))]
-        needed = {next((folder for folder in there if checkpoint.step_of(folder) <= end), None) for end in ends}
-        for folder in there:
-            if folder not in needed:
-                checkpoint.remove(folder)
+        there = checkpoint.steps(self.run.best)
+        ends = [sys.maxsize, *checkpoint.steps(self.run.checkpoints)]
+        needed = {next((step for step in there if step <= end), None) for end in ends}
+        for step in there:
+            if step not in needed:
+                checkpoint.remove(self.run.best / checkpoint.name_of(step))
 
     def take_best(self) -> None:
         """Give the learner the weights that were best."""

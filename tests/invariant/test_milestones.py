@@ -159,7 +159,7 @@ def test_an_evaluation_that_is_told_to_stop_goes_on(base: dict[str, Any], straig
     partial = run.evals_after(8) / "likelihood.partial.jsonl"
     assert kill(recipe, out, log, partial.exists, signal.SIGTERM) == TRY_AGAIN
     assert [row["step"] for row in run.evaluations()] == [0, 2, 4, 6]
-    assert checkpoint.step_of(checkpoint.published(run.checkpoints)[0]) == 8
+    assert checkpoint.steps(run.checkpoints)[0] == 8
     assert exit_code(forked(["train", str(recipe), "--out", str(out)], log)) == 0
     assert told(run) == told(straight)
 
@@ -185,7 +185,7 @@ def test_from_a_checkpoint_before_the_best(base: dict[str, Any], straight: Run, 
     """What was the best at each checkpoint is there, so the newest may be done without."""
     values = {row["step"]: row["metrics"]["likelihood"]["bits_per_byte"]["value"] for row in straight.evaluations()}
     bests = {min((step for step in values if step <= end), key=lambda step: values[step]) for end in (6, 9, 11)}
-    assert len(bests) == 3 and {checkpoint.step_of(folder) for folder in checkpoint.published(broken_off.best)} == bests
+    assert len(bests) == 3 and set(checkpoint.steps(broken_off.best)) == bests
     shutil.rmtree(broken_off.checkpoints / "step-00000009")
     assert told(limbeck.train(with_train(base, **BEST), broken_off.path)) == told(straight)
 
