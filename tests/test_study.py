@@ -465,6 +465,13 @@ def test_rates_are_chosen_on_validation_data(make_study, tmp_path, trained):
     assert not trained
 
 
+def test_what_tunes_may_have_the_name_of_what_tests(make_study, tmp_path):
+    tune = {"learning_rates": [0.01, 0.03], "evaluate": task(name="sums", seed=60_000)}
+    ledger = Ledger(make_study(**with_task(make_study()), tune=tune), tmp_path / "s")
+    seeds = [ledger._identity(its)["settings"]["seed"] for its in (*ledger.base.evaluate, ledger.study.tune.evaluate)]
+    assert seeds == [50_000, 60_000]
+
+
 def test_a_directory_of_something_else_is_left_alone(make_study, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="is no study's directory"):

@@ -216,13 +216,14 @@ class Ledger:
         ]
 
     def _identity(self, benchmark: Benchmark) -> dict[str, Any]:
-        if benchmark.key not in self._identities:
-            self._identities[benchmark.key] = {
+        settings = benchmark.model_dump_json()  # what tunes may have the name of what tests
+        if settings not in self._identities:
+            self._identities[settings] = {
                 "version": benchmark.version,
-                "settings": json.loads(benchmark.model_dump_json()),
+                "settings": json.loads(settings),
                 "cases": benchmark.fingerprint(),
             }
-        return self._identities[benchmark.key]
+        return self._identities[settings]
 
     @property
     def is_finished(self) -> bool:
