@@ -13,7 +13,7 @@ import pytest
 
 import limbeck
 from helpers import tiny_model, write_jsonl
-from limbeck import kernels
+from limbeck import kernels, student, trainer
 from limbeck import recipe as recipe_module
 from limbeck.errors import ModelError, RecipeError
 from limbeck.recipe import check_files, parse_recipe
@@ -89,6 +89,34 @@ def test_liger_gets_all_parts_but_its_losses(monkeypatch: pytest.MonkeyPatch) ->
     model.config.model_type = "gpt2"
     with pytest.raises(ModelError, match=r"train\.kernels: liger has no kernels for models of type 'gpt2', expected one of: llama"):
         kernels.use_liger(model)
+
+
+def test_liger_comes_after_all_that_runs_where_models_are_opened(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under FSDP2 that is main memory, where its kernels do not run: nothing calls the student between them and the division."""
+    events: list[str] = []
+
+    def noted(name: str, result: Callable[..., Any] = lambda *_: None) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            events.append(name)
+            return result(*arguments)
+
+        return call
+
+    def build(*arguments: Any) -> Any:
+        model = student.build(*arguments)
+        model.get_decoder().register_forward_pre_hook(noted("forward"))
+        return model
+
+    monkeypatch.setattr(recipe_module, "find_spec", lambda name: object())
+    monkeypatch.setattr(kernels, "refuse_cpu", lambda device: None)
+    monkeypatch.setattr(kernels, "use_liger", noted("liger"))
+    monkeypatch.setattr(trainer, "divide", noted("divide", trainer.divide))
+    monkeypatch.setattr(trainer, "build_student", build)
+    limbeck.train(tree, tmp_path / "run", ["train.kernels=[liger]", "train.steps=1", "train.pack_length=64"])
+    at = events.index("liger")
+    assert events[at : at + 3] == ["liger", "divide", "forward"] and set(events[:at]) == {"forward"}
 
 
 def test_liger_as_it_is_takes_the_blocks_and_leaves_the_head() -> None:

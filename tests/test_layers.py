@@ -21,7 +21,7 @@ PACKAGE = ROOT / "src" / "limbeck"
 # that is in it; a dotted name (`report.stats`) takes one module out of its package. The empty name is `limbeck/__init__.py`.
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("0", ("errors",)),
-    ("0", ("spec", "batch", "run", "log", "cache", "jobs")),
+    ("0", ("spec", "batch", "run", "log", "cache", "jobs", "heap")),
     ("0", ("on_ray", "stopping", "plugins")),
     ("1", ("objectives", "tokens", "report.stats", "report.crossed")),
     ("1", ("store", "report.verdict")),
@@ -30,10 +30,11 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("3", ("teachers", "sources", "learner")),
     ("3", ("first_samples",)),
     ("4", ("evaluate", "optim", "checkpoint", "student", "trackers")),
-    ("5", ("consistency",)),
+    ("5", ("consistency", "training")),
     ("5", ("recipe", "suites")),
     ("6", ("calibration", "step", "flops", "divide", "not_finite")),
     ("6", ("bookkeeping",)),
+    ("6", ("milestones",)),
     ("6", ("trainer", "capture")),
     ("6", ("remeasure", "importing", "replay")),
     ("7", ("report",)),

@@ -49,6 +49,31 @@ def test_plain_progress_is_a_line_now_and_then(clock: Clock, capsys: pytest.Capt
     assert len(lines) == 1 + 7 + 1, "the first, every tenth second (a fourth step of three), the last"
 
 
+def test_one_within_another_has_lines_where_it_takes_long(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    log.set_mode("plain")
+    with log.progress("train", 2) as outer:
+        for seconds in (1, 6):
+            with log.progress("evaluate", 3) as inner:
+                for _ in range(3):
+                    clock.now += seconds
+                    inner.advance()
+            outer.advance()
+    lines = [line.split(" |")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["train: 1/2", "evaluate: 2/3", "train: 2/2"]
+
+
+def test_one_within_another_has_a_bar_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    log.set_mode("auto")
+    monkeypatch.setattr(log, "console", Console(file=io.StringIO(), force_terminal=True))
+    with log.progress("train", 2) as outer:
+        with log.progress("evaluate", 3) as inner:
+            inner.advance()
+            shown = outer._bar.tasks
+            assert [(task.description, task.completed) for task in shown] == [("train", 0), ("evaluate", 1)]
+        outer.advance()
+        assert [(task.description, task.completed) for task in outer._bar.tasks] == [("train", 1)]
+
+
 def test_quiet_shows_warnings_and_errors_only(capsys: pytest.CaptureFixture[str]) -> None:
     log.set_mode("quiet")
     log.say("chatter")

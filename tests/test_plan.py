@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import limbeck
+from helpers import write_jsonl
 from limbeck import cli
 from limbeck.errors import ModelError, RecipeError
 from limbeck.flops import flops_per_token
@@ -150,6 +151,10 @@ def test_counts_are_those_of_the_run(recipe: dict[str, Any], tmp_path: Path) -> 
     assert found["disk"]["student"] - weights < 5 * 2**20
     kept = sum(file.stat().st_size for file in run.checkpoints.glob("*/*.safetensors"))
     assert found["disk"]["checkpoints"] == pytest.approx(2 * kept, rel=0.1)
+    measured = {**recipe, "evaluate": [{"type": "bits_per_byte", "data": str(write_jsonl(tmp_path / "held-out.jsonl", ROWS))}]}
+    chosen = plan(measured, ["train.checkpoint_every=2", "train.evaluate_every=2", "train.best.benchmark=bits_per_byte"])
+    # without the optimizer's two numbers per weight: as it was at one checkpoint, as it is, and one that is being written
+    assert "best" not in found["disk"] and chosen["disk"]["best"] == pytest.approx(kept, rel=0.1)
     assert found["flops"] > found["teacher_flops"] > 0
 
 

@@ -165,6 +165,55 @@ def test_terms_that_need_a_teacher_are_refused_without_one(tree, term, what):
     )
 
 
+HELD_OUT = {"type": "bits_per_byte", "name": "heldout", "data": "data.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"best": {"benchmark": "heldout"}}, "train.best: found it without train.evaluate_every, expected the steps between evaluations"),
+        ({"evaluate_only": ["heldout"]}, "train.evaluate_only: found it without train.evaluate_every, expected the steps"),
+        (
+            {"evaluate_every": 2, "evaluate_only": ["held"]},
+            "train.evaluate_only: found 'held', expected benchmarks of `evaluate`: heldout",
+        ),
+        (
+            {"evaluate_every": 2, "best": {"benchmark": "heldot"}},
+            "train.best.benchmark: found 'heldot', expected one of `evaluate`:",
+        ),
+        (
+            {"evaluate_every": 2, "evaluate_only": ["agreement"], "best": {"benchmark": "heldout"}},
+            "train.best.benchmark: found 'heldout', expected one of train.evaluate_only: agreement",
+        ),
+        (
+            {"evaluate_every": 2, "best": {"benchmark": "heldout", "metric": "bits"}},
+            "train.best.metric: found 'bits', expected a metric of 'heldout': bits_per_byte",
+        ),
+        (
+            {"evaluate_every": 2, "best": {"benchmark": "agreement", "metric": "teacher_nll"}},
+            "train.best.metric: found 'teacher_nll', which is the teacher's and the same for every student",
+        ),
+    ],
+)
+def test_evaluations_that_nothing_can_be_chosen_by(tree, train, message):
+    assert refused(tree | TEACHER | {"evaluate": [HELD_OUT, AGREEMENT]}, train=train).startswith(message)
+
+
+def test_evaluations_without_a_benchmark(tree):
+    assert refused(tree, train={"evaluate_every": 5}) == (
+        "train.evaluate_every: found 5 without a benchmark, expected at least one in `evaluate`"
+    )
+
+
+def test_what_is_asked_during_training(tree):
+    tree = tree | TEACHER | {"evaluate": [HELD_OUT, AGREEMENT]}
+    assert parse_recipe(tree).during == []
+    both = parse_recipe(tree, ["train.evaluate_every=2"])
+    assert [benchmark.key for benchmark in both.during] == ["heldout", "agreement"] and both.chosen_by is None
+    one = parse_recipe(tree, ["train.evaluate_every=2", "train.evaluate_only=[agreement]", "train.best.benchmark=agreement"])
+    assert [benchmark.key for benchmark in one.during] == ["agreement"] and one.chosen_by is one.evaluate[1]
+
+
 def test_hidden_states_that_a_capture_does_not_hold(tree, tmp_path):
     write_store(tmp_path / "store", layers=())
     store = {"teacher": {"type": "store", "path": "store"}}

@@ -435,6 +435,34 @@ def test_recorded_studies_are_declared_as_they_were():
     assert digest({key: value for key, value in recorded.items() if key != "sha256"}) == recorded["sha256"]
 
 
+def test_students_are_chosen_on_validation_data(make_study, tmp_path, trained):
+    """Evaluations that choose nothing are no other run; what chooses is part of what a run is, and its curve of the record."""
+    base = make_study().model_dump(mode="json")["base"]
+    chosen = base["train"] | {"evaluate_every": 1, "evaluate_only": ["bits_per_byte"], "best": {"benchmark": "bits_per_byte"}}
+
+    def study(train: dict[str, Any], **heldout: Any) -> Study:
+        evaluate = [task(name="sums", seed=50_000), base["evaluate"][1] | heldout]
+        changes = {"base": base | {"train": train, "evaluate": evaluate}, "capture": None, "references": False}
+        return make_study(**changes, arms={"sft": ARMS["sft"]})
+
+    def key(*settings: Any, **more: Any) -> str:
+        ledger = Ledger(study(*settings, **more), tmp_path / "s")
+        return ledger.key(ledger.tasks()[0])
+
+    plain = key(base["train"])
+    assert key(base["train"] | {"evaluate_every": 1}) == key(base["train"] | {"evaluate_every": 2}) == plain != key(chosen)
+    others = [chosen | {"evaluate_every": 2}, chosen | {"best": None}, chosen | {"evaluate_only": None}]
+    assert [key(other) == key(chosen) for other in others] == [False, False, True]
+    assert key(chosen, limit=3) != key(chosen) and key(base["train"], limit=3) == plain
+
+    run_study(study(chosen), tmp_path / "s")
+    (record,) = (json.loads(file.read_text()) for file in (tmp_path / "s" / "records").glob("*.json"))
+    assert [row["step"] for row in record["evaluations"]] == [0, 1, 2] and set(record["evals"]) == {"sums", "bits_per_byte"}
+    values = [row["metrics"]["bits_per_byte"]["bits_per_byte"]["value"] for row in record["evaluations"]]
+    assert record["totals"]["best"]["value"] == min(values) == record["evals"]["bits_per_byte"]["metrics"]["bits_per_byte"]["value"]
+    assert "Students were chosen during training by bits per byte. Scores on" in (tmp_path / "s" / "report.md").read_text()
+
+
 def test_rates_are_chosen_on_validation_data(make_study, tmp_path, trained):
     changes = with_task(make_study()) | {"references": False, "arms": {arm: ARMS[arm] for arm in ("sft", "logits")}}
     tune = {"learning_rates": [1e-3, 1e-2], "of": {"logits": [5e-3]}, "evaluate": {**task(seed=90_000), "type": "exact_match"}}
@@ -466,6 +494,13 @@ def test_a_metric_of_the_harness_says_itself_which_way_is_better(make_study, tmp
     assert Ledger(make_study(**changes, tune=tune), tmp_path).rate_of("sft") == 1e-2
     with pytest.raises(RunError, match=r"tune\.metric: found 'lss', expected one that 'owner' measured: loss"):
         Ledger(make_study(**changes, tune=tune | {"metric": "lss"}), tmp_path).rate_of("sft")
+
+
+def test_what_tunes_may_have_the_name_of_what_tests(make_study, tmp_path):
+    tune = {"learning_rates": [0.01, 0.03], "evaluate": task(name="sums", seed=60_000)}
+    ledger = Ledger(make_study(**with_task(make_study()), tune=tune), tmp_path / "s")
+    seeds = [ledger._identity(its)["settings"]["seed"] for its in (*ledger.base.evaluate, ledger.study.tune.evaluate)]
+    assert seeds == [50_000, 60_000]
 
 
 def test_a_directory_of_something_else_is_left_alone(make_study, tmp_path):
@@ -565,6 +600,11 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "rates chosen on the test": (
         PRIMARY | {"tune": {"learning_rates": [1e-3, 1e-2], "evaluate": TASK | {"limit": 7}}},
         "tune.evaluate has the cases of base.evaluate's 'sums'",
+    ),
+    "students chosen on the test": (
+        {"base": {"evaluate": [TASK, TASK | {"name": "same", "limit": 2}]}, "primary": {"benchmark": "sums", "margin": 1}}
+        | {"arms": ARMS | {"x": ARMS["sft"] | {"train": {"evaluate_every": 1, "best": {"benchmark": "same"}}}}},
+        "arm 'x': train.best.benchmark: found 'same', which has the cases of primary.benchmark 'sums', so students would be chosen",
     ),
     "one rate": (PRIMARY | {"tune": {"learning_rates": [1e-3], "evaluate": TASK | {"seed": 1}}}, "tune.learning_rates: .*at least 2"),
     "rate below 0": (PRIMARY | {"tune": {"learning_rates": [1e-3, -1], "evaluate": TASK | {"seed": 1}}}, "expected rates above 0"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from limbeck import adapters
@@ -14,7 +15,7 @@ from limbeck.log import peak_memory_mb
 from limbeck.models import weights_hash
 from limbeck.objectives.base import Term, gates
 from limbeck.recipe import Recipe
-from limbeck.run import Run, appearing, differences, environment, what_is_learned
+from limbeck.run import Run, appearing, complete_lines, differences, environment, what_is_learned
 from limbeck.sources.base import OpenSource
 from limbeck.step import StepResult
 from limbeck.tokens.identity import template_hash, vocabulary_hash
@@ -95,19 +96,25 @@ def log_step(
     )
     if is_skipped:
         row = {key: value for key, value in row.items() if math.isfinite(value)} | {"skipped": 1}
-    try:
-        with open(run.metrics_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    except OSError as error:  # half a line at the end counts for nothing
-        raise RunError(f"{run.metrics_file}: could not be written ({error}); start the same command again to go on") from error
+    append(run.metrics_file, row)
     return row
 
 
-def forget_after(run: Run, step: int) -> None:
-    """Drop logged steps that a resume will do again."""
-    rows = [row for row in run.metrics() if row["step"] <= step]
+def append(file: Path, row: Mapping[str, Any]) -> None:
+    """One more object in a file of JSON lines."""
     try:
-        with appearing(run.metrics_file) as temporary:
+        with open(file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+    except OSError as error:  # half a line at the end counts for nothing
+        raise RunError(f"{file}: could not be written ({error}); start the same command again to go on") from error
+
+
+def forget(file: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Drop rows of a file of JSON lines, such as those of steps that a resume will do again; those that are kept."""
+    rows = [row for row in complete_lines(file) if keep(row)]
+    try:
+        with appearing(file) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     except OSError as error:
-        raise RunError(f"{run.metrics_file}: could not be written ({error})") from error
+        raise RunError(f"{file}: could not be written ({error})") from error
+    return rows

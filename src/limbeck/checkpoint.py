@@ -38,14 +38,14 @@ def save(
     root: Path,
     step: int,
     learner: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     state: dict[str, Any],
     keep: int,
     world: World = ALONE,
 ) -> Path:
     """Write the checkpoint of `step` finished steps and delete all but the newest `keep` (at least one). Every process calls it; where one
-    cannot write, all raise."""
-    final = root / f"step-{step:08d}"
+    cannot write, all raise. Without an optimizer it holds weights alone."""
+    final = root / name_of(step)
     temporary = root / f"{final.name}{_TEMPORARY}"
     files: dict[str, Any] = {}
 
@@ -54,7 +54,7 @@ def save(
         temporary.mkdir(parents=True)
 
     def write() -> None:
-        _write(temporary, weights(learner), _optimizer_state(learner, optimizer), world)
+        _write(temporary, weights(learner), None if optimizer is None else _optimizer_state(learner, optimizer), world)
         files.update({file.name: _describe(file) for file in temporary.glob(distributed.parts_of(world))})
 
     def publish() -> None:
@@ -78,23 +78,21 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True) if world.is_main else None
             raise RunError(f"{final}: the checkpoint could not be written ({told}); earlier checkpoints are untouched") from error
     if world.is_main:
-        published = _published(root)
+        there = published(root)
         # a later one is damaged, and this run has gone back behind it
-        later = published.index(final)
-        for old in published[:later] + published[later + max(keep, 1) :]:
+        later = there.index(final)
+        for old in there[:later] + there[later + max(keep, 1) :]:
             remove(old)
     return final
 
 
-def load_latest(root: Path, learner: nn.Module, optimizer: torch.optim.Optimizer, world: World = ALONE) -> dict[str, Any] | None:
+def load_latest(root: Path, learner: nn.Module, optimizer: torch.optim.Optimizer | None, world: World = ALONE) -> dict[str, Any] | None:
     """Restore the newest checkpoint and return its state, or None where there is none. RunError names one that is damaged: whoever deletes
     it has said that the one before it is to be used."""
-    published = distributed.of_all(_published(root), world)[0]
-    for path in published[:1]:
-        problem = next(filter(None, distributed.of_all(_problem(path, world), world)), None)
-        if problem:
-            before = f"from {published[1].name}" if len(published) > 1 else "from the beginning"
-            raise RunError(f"{path}: damaged: {problem}. Delete this folder to go on {before}")
+    there = distributed.of_all(published(root), world)[0]
+    for path in there[:1]:
+        before = f"from {there[1].name}" if len(there) > 1 else "from the beginning"
+        refuse_damaged(path, world, before if optimizer is not None else "without it")
         try:
             _restore(learner, optimizer, path, world)
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -102,6 +100,13 @@ def load_latest(root: Path, learner: nn.Module, optimizer: torch.optim.Optimizer
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:  # whoever writes the files can write checksums too
             raise RunError(f"{path}: damaged: not what a checkpoint holds ({type(error).__name__}: {error})") from error
     return None
+
+
+def refuse_damaged(path: Path, world: World, otherwise: str) -> None:
+    """RunError, on all ranks alike, where a checkpoint is not what was written. `otherwise` is how a run goes on when it is deleted."""
+    problem = next(filter(None, distributed.of_all(_problem(path, world), world)), None)
+    if problem:
+        raise RunError(f"{path}: damaged: {problem}. Delete this folder to go on {otherwise}")
 
 
 def remove(path: Path) -> None:
@@ -119,9 +124,20 @@ def clean(root: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _published(root: Path) -> list[Path]:
+def published(root: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     return sorted((path for path in root.glob("step-*") if _TEMPORARY not in path.name), reverse=True)
+
+
+def name_of(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
+def steps(root: Path) -> list[int]:
+    """Finished steps of the checkpoints in a folder, newest first."""
+    names = (path.name.removeprefix("step-") for path in published(root))
+    return [int(name) for name in names if name.isdecimal()]
 
 
 def weights(learner: nn.Module) -> dict[str, Tensor]:
@@ -140,15 +156,15 @@ def _optimizer_state(learner: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
-def _write(folder: Path, learner: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], world: World) -> None:
+def _write(folder: Path, learner: Mapping[str, Tensor], optimizer: Mapping[str, Tensor] | None, world: World) -> None:
     if distributed.is_divided(learner.values()):
-        distributed.write_parts({**learner, **optimizer}, dict.fromkeys(learner, 1) | dict.fromkeys(optimizer, 2), folder)
+        distributed.write_parts({**learner, **(optimizer or {})}, dict.fromkeys(learner, 1) | dict.fromkeys(optimizer or {}, 2), folder)
     elif world.is_main:
-        for name, tensors in ((WEIGHTS, learner), (OPTIMIZER, optimizer)):
+        for name, tensors in ((WEIGHTS, learner), *([] if optimizer is None else [(OPTIMIZER, optimizer)])):
             save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name)
 
 
-def _restore(learner: nn.Module, optimizer: torch.optim.Optimizer, path: Path, world: World) -> None:
+def _restore(learner: nn.Module, optimizer: torch.optim.Optimizer | None, path: Path, world: World) -> None:
     parameters, ours, found = dict(learner.named_parameters()), weights(learner), distributed.stored(path)
     state = {label: label.split(":", 1) for label in found if label not in ours}
     is_other = any(found.get(name) != tuple(value.shape) for name, value in ours.items())
@@ -160,7 +176,8 @@ def _restore(learner: nn.Module, optimizer: torch.optim.Optimizer, path: Path, w
         same = found[label] == tuple(parameter.shape)
         # the step counter is on the weights' device too: a fused AdamW has it there
         targets[label] = torch.zeros_like(parameter.detach()) if same else torch.zeros(found[label], device=parameter.device)
-        optimizer.state[parameter][key] = targets[label]
+        if optimizer is not None:
+            optimizer.state[parameter][key] = targets[label]
     distributed.read_into({**ours, **targets}, path, world)
 
 

@@ -11,18 +11,17 @@ of all that decides its result, so a changed arm runs again and no other does, a
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck import protocol
+from limbeck import heap, protocol
 from limbeck.errors import ModelError, RecipeError, RunError
 from limbeck.evaluate import Benchmark
 from limbeck.flops import asks_teacher, compute
@@ -168,7 +167,7 @@ class Conduct:
         from limbeck.evaluate.runner import evaluate
 
         teacher = parse_recipe(
-            self.ledger.base.to_json() | {"evaluate": [], "objective": [], "teacher": self.ledger.teacher}, where="teacher"
+            self.ledger.base.to_json() | {"evaluate": [], "objective": [], "train": None, "teacher": self.ledger.teacher}, where="teacher"
         ).teacher
         for result in evaluate(benchmarks, Subject(model.eval(), tokenizer, world.device, teacher), out / "evals"):
             Run(out).write_json(f"evals/{result.name}.json", result.to_json())
@@ -235,8 +234,7 @@ class Conduct:
         yield
         self.seconds[name] = time.perf_counter() - start
         gc.collect()
-        with suppress(OSError, AttributeError):  # where the C library is another
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        heap.give_back()
 
 
 def run_study(study: Study, path: Path | str, results: Path | str | None = None, executor: Executor | None = None) -> dict[str, Any]:

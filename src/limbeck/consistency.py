@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from limbeck.errors import RecipeError, without_secrets
+from limbeck.errors import RecipeError, nearest, without_secrets
 from limbeck.objectives import HiddenTerm, OutputTerm
 
 
@@ -43,6 +43,37 @@ def check_objective(recipe: Any) -> None:
         if isinstance(term, OutputTerm) and provided.output and (problem := term.refuses(*offered)):
             raise ValueError(f"objective: the {key!r} term: {problem}")
     check_layers(recipe)
+
+
+def check_evaluations(recipe: Any) -> None:
+    """Refuse evaluations during training by a benchmark or metric that is not there."""
+    spec, known = recipe.train, {benchmark.key: benchmark for benchmark in recipe.evaluate}
+    if spec is None:
+        return
+    if spec.evaluate_every is None:
+        for key in ("best", "evaluate_only"):
+            if getattr(spec, key):
+                raise ValueError(f"train.{key}: found it without train.evaluate_every, expected the steps between evaluations beside it")
+        return
+    if not known:
+        raise ValueError(f"train.evaluate_every: found {spec.evaluate_every} without a benchmark, expected at least one in `evaluate`")
+    for name in spec.evaluate_only or []:
+        if name not in known:
+            raise ValueError(
+                f"train.evaluate_only: found {name!r}, expected benchmarks of `evaluate`: {', '.join(known)}{nearest(name, known)}"
+            )
+    if spec.best is None:
+        return
+    name, asked = spec.best.benchmark, [benchmark.key for benchmark in recipe.during]
+    if name not in asked:
+        where = "`evaluate`" if name not in known else "train.evaluate_only"
+        raise ValueError(f"train.best.benchmark: found {name!r}, expected one of {where}: {', '.join(asked)}{nearest(name, asked)}")
+    try:
+        metric = known[name].metric_named(spec.best.metric, "train.best.metric")
+    except RecipeError as error:
+        raise ValueError(str(error)) from None
+    if metric == "teacher_nll":
+        raise ValueError("train.best.metric: found 'teacher_nll', which is the teacher's and the same for every student; expected another")
 
 
 def check_layers(recipe: Any) -> None:

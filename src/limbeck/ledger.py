@@ -141,13 +141,18 @@ class Ledger:
         """The hash of all that decides the run's result, and of nothing else: no paths, settings of speed, processes or benchmarks."""
         recipe = self._at(task)
         tree = what_is_learned(recipe.to_json())
+        chosen_by = recipe.chosen_by
+        if chosen_by is not None:
+            tree["chosen_by"] = self._identity(chosen_by)
+        else:  # evaluations that choose nothing change nothing
+            tree["train"].pop("evaluate_every", None)
         del tree["evaluate"], tree["capture"]
         tree["data"] = content_of(recipe)
         if recipe.plugins:
             tree["plugins"] = plugins.contents(recipe.plugins)
         if modules := getattr(recipe.source, "modules", []):
             tree["convert"] = plugins.contents(modules)
-        if not asks_teacher(recipe):
+        if not asks_teacher(recipe) and not (chosen_by is not None and chosen_by.needs_teacher):
             del tree["teacher"]
         elif self.study.capture:
             tree["capture"] = self._captured
@@ -161,8 +166,12 @@ class Ledger:
         return parse_recipe(self.arms[task.arm].recipe, changes, where=f"arm {task.arm!r}")
 
     def recipe(self, task: Task) -> Recipe:
-        """What is trained: the captured teacher, the parent's student, and no benchmark, as grading is apart."""
-        tree = self._at(task).to_json() | {"evaluate": []}
+        """What is trained: the captured teacher, the parent's student, and no benchmark but those that are asked during training, as
+        grading is apart."""
+        recipe = self._at(task)
+        during = {benchmark.key for benchmark in recipe.during}
+        tree = recipe.to_json()
+        tree["evaluate"] = [its for its, benchmark in zip(tree["evaluate"], recipe.evaluate, strict=True) if benchmark.key in during]
         if self.study.capture:
             tree["teacher"] = self.teacher
         if parent := self.parent(task):
@@ -212,13 +221,14 @@ class Ledger:
         ]
 
     def _identity(self, benchmark: Benchmark) -> dict[str, Any]:
-        if benchmark.key not in self._identities:
-            self._identities[benchmark.key] = {
+        settings = benchmark.model_dump_json()  # what tunes may have the name of what tests
+        if settings not in self._identities:
+            self._identities[settings] = {
                 "version": benchmark.version,
-                "settings": json.loads(benchmark.model_dump_json()),
+                "settings": json.loads(settings),
                 "cases": benchmark.fingerprint(),
             }
-        return self._identities[benchmark.key]
+        return self._identities[settings]
 
     @property
     def is_finished(self) -> bool:

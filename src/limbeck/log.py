@@ -32,6 +32,8 @@ _VISIBLE = {code: f"\\u{code:04x}" for code in _UNPRINTABLE if chr(code) not in 
 console = Console(stderr=True, highlight=False)
 _alerts = Console(stderr=True, highlight=False)
 _mode = "auto"
+_open: list[Progress | None] = []
+"""What shows progress now, the outer first: a display, or plain lines."""
 
 
 def set_mode(mode: str) -> None:
@@ -78,23 +80,41 @@ def alert(message: str, style: str = "") -> None:
 
 @contextmanager
 def progress(description: str, total: int, done: int = 0) -> Iterator[ProgressBar]:
-    """The progress of `total` steps of which `done` are behind us: a bar with elapsed and remaining time, or plain lines."""
-    shown = is_main_process() and _mode != "quiet"
-    if not shown or _mode == "plain" or not console.is_terminal:
-        yield PlainProgress(description, total, done) if shown else ProgressBar()
-        return
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(None, table_column=Column(ratio=1)),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=3, no_wrap=True)),
-        console=console,
-        expand=True,  # bar and note share what the numbers leave
-    )
-    with bar:
-        yield RichProgress(bar, bar.add_task(description, total=total, completed=done, note=""))
+    """The progress of `total` steps of which `done` are behind us: a bar with elapsed and remaining time, or plain lines. One within
+    another has a bar below it, for as long as it lasts, or no plain lines but where it takes long."""
+    if not is_main_process() or _mode == "quiet":
+        yield ProgressBar()
+    elif _mode == "plain" or not console.is_terminal:
+        with _within(None):
+            yield PlainProgress(description, total, done, is_inner=len(_open) > 1)
+    elif _open and (bar := _open[-1]) is not None:
+        task = bar.add_task(description, total=total, completed=done, note="")
+        try:
+            yield RichProgress(bar, task)
+        finally:
+            bar.remove_task(task)
+    else:
+        bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(None, table_column=Column(ratio=1)),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=3, no_wrap=True)),
+            console=console,
+            expand=True,  # bar and note share what the numbers leave
+        )
+        with bar, _within(bar):
+            yield RichProgress(bar, bar.add_task(description, total=total, completed=done, note=""))
+
+
+@contextmanager
+def _within(display: Progress | None) -> Iterator[None]:
+    _open.append(display)
+    try:
+        yield
+    finally:
+        _open.remove(display)
 
 
 class ProgressBar:
@@ -113,16 +133,16 @@ class RichProgress(ProgressBar):
 
 
 class PlainProgress(ProgressBar):
-    """A line at the first step, at the last, and every `PLAIN_SECONDS` between."""
+    """A line at the first step, at the last, and every `PLAIN_SECONDS` between; the latter alone within another progress."""
 
-    def __init__(self, description: str, total: int, done: int) -> None:
-        self._description, self._total, self._first, self._done = description, total, done, done
-        self._start, self._last_line = time.monotonic(), -PLAIN_SECONDS
+    def __init__(self, description: str, total: int, done: int, is_inner: bool = False) -> None:
+        self._description, self._total, self._first, self._done, self._is_inner = description, total, done, done, is_inner
+        self._start, self._last_line = time.monotonic(), 0.0 if is_inner else -PLAIN_SECONDS
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self._done += steps
         passed = time.monotonic() - self._start
-        if passed - self._last_line < PLAIN_SECONDS and self._done < self._total:
+        if passed - self._last_line < PLAIN_SECONDS and (self._is_inner or self._done < self._total):
             return
         self._last_line = passed
         left = passed / max(self._done - self._first, 1) * (self._total - self._done)

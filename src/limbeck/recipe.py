@@ -8,18 +8,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from limbeck.consistency import check_objective, secret_in
+from limbeck.consistency import check_evaluations, check_objective, secret_in
 from limbeck.errors import LimbeckError, RecipeError
 from limbeck.evaluate import Benchmark
 from limbeck.objectives import HiddenTerm, Needs, Term
 from limbeck.objectives.base import active, needs_of
-from limbeck.optim import Optimizer
 from limbeck.parallel import Parallel
 from limbeck.plugins import Extensible
 from limbeck.sources import Source
@@ -30,70 +28,13 @@ from limbeck.store.manifest import Manifest, has_manifest, read_manifest, refuse
 from limbeck.store.place import Place
 from limbeck.student import Student
 from limbeck.teachers import NoTeacher, Teacher
-from limbeck.trackers import TrackerName
-from limbeck.trackers import require as require_trackers
+from limbeck.training import Train
 
-LATER: tuple[tuple[str, str, Any], ...] = (("", "plugins", []), ("train", "max_skipped_steps", 0))
+LATER: tuple[tuple[str, str, Any], ...] = (
+    ("", "plugins", []), ("train", "max_skipped_steps", 0),
+    ("train", "evaluate_every", None), ("train", "evaluate_only", None), ("train", "best", None),
+)  # fmt: skip
 """Section, key and default of what was added since runs are recorded by the hash of their recipe."""
-
-
-class Train(Spec):
-    """How the student is trained."""
-
-    steps: int | None = Field(None, gt=0)
-    """Optimizer steps. Give this or `epochs`."""
-    epochs: float | None = Field(None, gt=0)
-    """Passes over the data, rounded up to whole steps."""
-    batch_size: int = Field(8, gt=0)
-    """Conversations per optimizer step, over all processes. Changes what is learned; `micro_batch_size` does not."""
-    micro_batch_size: int = Field(1, gt=0)
-    """Rows per forward in each process: as many as fit in memory. A row is a conversation, or several with `pack_length`. The result does
-    not depend on it."""
-    pack_length: int | None = Field(None, gt=1)
-    """Pack the conversations of a step into rows of up to this many tokens, which saves padding. None of them is cut or sees another, and a
-    longer one has a row of its own: the result does not depend on it. Where it is not set, every conversation has its row."""
-    optimizer: Optimizer = Optimizer()
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """`bfloat16` is autocast over float32 weights and optimizer state; use it where the hardware has it."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in backward: less memory, about a third more time."""
-    head: Literal["fused", "plain"] = "fused"
-    """`fused` computes the head's gradient a chunk at a time; `plain` is the reference by autograd, with all logits in memory."""
-    head_memory_mb: int = Field(512, gt=0)
-    """Memory for the logits of a chunk, student's and teacher's with their gradients. Fixes the number of chunks for the whole run."""
-    kernels: list[Literal["compile", "liger"]] | None = None
-    """Other ways to compute the same, to rounding. `compile` takes what the terms do with a block of logits through torch.compile; `liger`,
-    for accelerators, puts Liger's Triton kernels in the place of the student's norms, rotary embeddings and gated MLPs."""
-    checkpoint_every: int | None = Field(None, gt=0)
-    """Steps between checkpoints; none are written where it is not set, and a run that is stopped starts over."""
-    keep_checkpoints: int = Field(1, ge=0)
-    """Checkpoints kept. 0 keeps the newest one only until the run has finished."""
-    max_skipped_steps: int = Field(0, ge=0)
-    """Steps in a row that are left out where loss or gradient is infinite or no number: weights and optimizer stay as they were, and the
-    next step's data come. At one more, or at the first with 0, the run stops. `limbeck replay` does such a step again."""
-    report_to: list[TrackerName] = []
-    """Trackers that get each row of metrics.jsonl too; their packages are installed apart."""
-
-    @model_validator(mode="after")
-    def _fused_is_compiled(self) -> Train:
-        if self.uses("compile") and self.head != "fused":
-            raise ValueError(f"kernels: found 'compile' beside head {self.head!r}, expected it beside 'fused'")
-        return self
-
-    def uses(self, kernel: str) -> bool:
-        return kernel in (self.kernels or ())
-
-    def check(self) -> None:
-        """Raise where a package is missing."""
-        require_trackers(self.report_to)
-        if self.uses("liger") and find_spec("liger_kernel") is None:
-            raise RecipeError("train.kernels: 'liger_kernel' is not installed; expected its package: pip install 'limbeck[liger]'")
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Train:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"found {'both steps and epochs' if self.steps else 'neither steps nor epochs'}, expected one of them")
-        return self
 
 
 class Capture(Spec):
@@ -196,6 +137,7 @@ class Recipe(Extensible):
                 f"evaluate: {needy[0]!r} compares with a teacher, and teacher is {self.teacher.type!r}; set teacher, or remove it"
             )
         check_objective(self)
+        check_evaluations(self)
         vocabulary, k = self.teacher.provides().vocabulary, getattr(self.capture.codec, "k", 0) if self.capture else 0
         if vocabulary is not None and k > vocabulary:
             raise ValueError(f"capture.codec.k: found {k}, expected at most {vocabulary}, the tokens of the teacher")
@@ -205,6 +147,20 @@ class Recipe(Extensible):
     def terms(self) -> dict[str, Term]:
         """Terms of positive weight by key."""
         return active(self.objective)
+
+    @property
+    def during(self) -> list[Benchmark]:
+        """Benchmarks that are asked during training."""
+        if self.train is None or self.train.evaluate_every is None:
+            return []
+        only = self.train.evaluate_only
+        return [benchmark for benchmark in self.evaluate if only is None or benchmark.key in only]
+
+    @property
+    def chosen_by(self) -> Benchmark | None:
+        """The benchmark by which the student is chosen among those that evaluations saw."""
+        best = self.train.best if self.train else None
+        return next((benchmark for benchmark in self.during if best and benchmark.key == best.benchmark), None)
 
     def for_training(self) -> tuple[Student, Train]:
         """The sections that training needs."""

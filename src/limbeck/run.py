@@ -5,7 +5,7 @@ data.json          what was trained on: counts, hashes      metrics.jsonl      o
 checkpoints/       see checkpoint.py                        evals/NAME.json    one benchmark result each
 student/           the trained model, for any HF tool       run.json           status (running, trained, finished), totals
 adapters/          LoRA's, for PEFT; merged into student/   evals/NAME.partial.jsonl   items of one that is not finished
-not-finite/        the last step that was not, to replay
+not-finite/        the last step that was not, to replay    evaluations.jsonl, best/, evals/step-N/   see milestones.py
 """
 
 from __future__ import annotations
@@ -47,6 +47,14 @@ class Run:
         return self.path / "metrics.jsonl"
 
     @property
+    def evaluations_file(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
     def not_finite(self) -> Path:
         return self.path / "not-finite"
 
@@ -77,6 +85,14 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, as far as they are whole."""
         return list(complete_lines(self.metrics_file))
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of evaluations.jsonl, as far as they are whole."""
+        return list(complete_lines(self.evaluations_file))
+
+    def evals_after(self, step: int) -> Path:
+        """The folder of results of an evaluation during training."""
+        return self.path / "evals" / f"step-{step:08d}"
 
     def evals(self) -> dict[str, dict[str, Any]]:
         """Benchmark results by benchmark name."""
@@ -125,7 +141,7 @@ def fsync_dir(path: Path) -> None:
 
 SPEED = (
     "micro_batch_size", "pack_length", "gradient_checkpointing", "head", "head_memory_mb", "checkpoint_every",
-    "keep_checkpoints", "report_to", "kernels",
+    "keep_checkpoints", "report_to", "kernels", "evaluate_only",
 )  # fmt: skip
 """Settings of `train` that change what a run costs and not what it learns."""
 

@@ -56,6 +56,18 @@ def deferred() -> Iterator[None]:
 
 
 @contextmanager
+def at_once() -> Iterator[None]:
+    """Within work that defers its end: a part at any moment of which everything is on the disk."""
+    global _deferrals
+    before, _deferrals = _deferrals, 0
+    try:
+        check()
+        yield
+    finally:
+        _deferrals = before
+
+
+@contextmanager
 def listening() -> Iterator[None]:
     """Answer signals as above until the end of the context. A signal that this process was started to ignore stays ignored."""
     global _asked

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from limbeck import adapters
+from limbeck import adapters, heap
 from limbeck.adapters import Lora
 from limbeck.cache import model_config, resolve_model, weight_shapes
 from limbeck.errors import ModelError, RecipeError
@@ -89,6 +89,8 @@ def build(spec: Student, device: str = "cpu", seed: int = 0) -> Any:
     """The student in float32, pruned as the spec says, with its head verified, and adapters drawn from `seed`."""
     from limbeck.models import blocks, load_model, verify_head
 
+    if device == "cpu":
+        heap.without_holes(spec.lora is not None)
     model = load_model(spec.model, "float32", spec.revision, device)
     total = len(blocks(model))
     kept = spec.kept(total)

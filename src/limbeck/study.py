@@ -297,11 +297,18 @@ class Study(Extensible):
                 f"{where}: primary.benchmark: {self.primary.benchmark!r} measures likeness on text, which is what arms are trained for: it "
                 "can't be primary; expected a task that no arm is trained on"
             )
-        check_metric(benchmark, self.primary.metric, f"{where}: primary.metric")
+        benchmark.metric_named(self.primary.metric, f"{where}: primary.metric")
+        for name, arm in arms.items():
+            best = arm.recipe.chosen_by
+            if best is not None and _cases(best) == _cases(benchmark):
+                raise RecipeError(
+                    f"{where}: arm {name!r}: train.best.benchmark: found {best.key!r}, which has the cases of primary.benchmark "
+                    f"{benchmark.key!r}, so students would be chosen on the test; expected validation cases, such as another `seed` or file"
+                )
 
     def _check_tuning(self, recipe: Recipe, where: str) -> None:
         assert self.tune is not None
-        check_metric(self.tune.evaluate, self.tune.metric, f"{where}: tune.metric")
+        self.tune.evaluate.metric_named(self.tune.metric, f"{where}: tune.metric")
         chosen = _cases(self.tune.evaluate)
         if same := [benchmark.key for benchmark in recipe.evaluate if _cases(benchmark) == chosen]:
             raise RecipeError(
@@ -321,16 +328,6 @@ def load_study(path: str | Path, overrides: Iterable[str] = ()) -> Study:
     study = validate(Study, override(tree, overrides), str(path))
     study.plan(str(path))
     return study
-
-
-def check_metric(benchmark: Benchmark, metric: str, where: str) -> str:
-    """The metric that is meant: as named, or the benchmark's first."""
-    known = list(benchmark.higher_is_better)
-    if not known:  # the benchmark's metrics are told by what it runs
-        return metric
-    if metric and metric.partition("/")[0] not in known:
-        raise RecipeError(f"{where}: found {metric!r}, expected a metric of {benchmark.key!r}: {', '.join(known)}{nearest(metric, known)}")
-    return metric or known[0]
 
 
 def digest(value: Any) -> str:

@@ -25,6 +25,7 @@ from limbeck.evaluate.runner import evaluate
 from limbeck.first_samples import FirstSamples, settle
 from limbeck.learner import Learner
 from limbeck.log import peak_memory_mb, progress, reset_peak_memory, say, warn
+from limbeck.milestones import Milestones
 from limbeck.models import blocks, check_size, load_model, load_tokenizer, recompute_activations, save_model, verify_packing, weights_hash
 from limbeck.objectives.base import HiddenTerm, Needs, Term, needs_of
 from limbeck.objectives.head import num_chunks
@@ -68,20 +69,22 @@ def _trained(run: Run, recipe: Recipe, tokenizer: Any, world: World) -> Any:
     for benchmark in recipe.evaluate:
         benchmark.samples(tokenizer)  # what cannot be graded shows before hours of training, not after
     student = build_student(student_spec, distributed.opens_on(recipe.parallel, world), recipe.seed)
-    if spec.uses("liger"):
-        kernels.use_liger(student)
     known = run.read_json("data.json", {}).get("layer_maps", {})
     learner, scorer, layer_maps = assemble(recipe, student, tokenizer, source, world, known)
     num_steps = steps_of(recipe, source)
     if world.is_main:
         bookkeeping.describe(run, recipe, source, student, tokenizer, num_steps, layer_maps)
+    if spec.uses("liger"):  # behind all that calls models where they were opened: that may be main memory, and its kernels are Triton's
+        kernels.use_liger(student)
     wrapped = divide(recipe, learner, scorer, world)
+    milestones = Milestones(run, recipe, learner, tokenizer, num_steps, world)
     with stopping.deferred():
-        _loop(run, recipe, learner, wrapped, source, scorer, num_steps, tokenizer.pad_token_id or 0, world)
+        _loop(run, recipe, learner, wrapped, source, scorer, milestones, tokenizer.pad_token_id or 0, world)
         not_finite.refuse_weights(learner, world, run.path, num_steps)
+        milestones.take_best()
         student = whole_student(recipe, learner, world)
         if world.is_main:
-            _export(run, recipe, student, tokenizer)
+            _export(run, recipe, student, tokenizer, milestones.best)
     return student
 
 
@@ -157,12 +160,12 @@ def _loop(
     wrapped: nn.Module,
     source: OpenSource,
     scorer: Scorer | None,
-    num_steps: int,
+    milestones: Milestones,
     pad_id: int,
     world: World,
 ) -> None:
     _, spec = recipe.for_training()
-    terms = recipe.terms
+    terms, num_steps = recipe.terms, milestones.num_steps
     optimizer = optim.build(spec.optimizer, learner)
     checkpoint.clean(run.checkpoints) if world.is_main else None
     state = checkpoint.load_latest(run.checkpoints, learner, optimizer, world) or {"step": 0, "tokens": 0, "seconds": 0.0}
@@ -170,7 +173,8 @@ def _loop(
     score = scorer.score if scorer is not None else lambda batch: Signal()
     expect = scorer.expect if scorer is not None else lambda batches: None
     if world.is_main:
-        bookkeeping.forget_after(run, first)
+        bookkeeping.forget(run.metrics_file, lambda row: row["step"] <= first)
+    milestones.begin(first)
     if first:
         say(f"{run.path}: resuming after step {first} of {num_steps}")
 
@@ -183,6 +187,15 @@ def _loop(
         not_finite.refuse_weights(learner, world, run.path, step)
         checkpoint.save(root, step, learner, optimizer, {"tokens": tokens, "seconds": spent, "skipped": skipped, **about}, keep, world)
 
+    def reach(step: int) -> None:
+        try:
+            if row := milestones.reach(step):
+                report(row)
+        except stopping.Stopped:
+            if step > saved:
+                save(run.checkpoints, step, spec.keep_checkpoints)
+            raise
+
     learner.train()
     reset_peak_memory()
     saved = first
@@ -191,6 +204,7 @@ def _loop(
     report_to = spec.report_to if world.is_main else ()
     name = "/".join(run.path.parts[-2:])
     with trackers.tracking(report_to, run, first) as report, progress(f"train {name}", num_steps, first) as bar:
+        reach(first)
         for step in range(first, num_steps):
             start = time.perf_counter()
             torch.manual_seed(seed_of(recipe.seed, step, world.rank))
@@ -221,12 +235,14 @@ def _loop(
             if world.is_main:
                 scheduled = {f"{name}/{key}": getattr(now[key], name) for key, term in terms.items() for name in term.schedules}
                 report(bookkeeping.log_step(run, step + 1, result, terms, scheduled, rate, tokens, seconds, spent, skipped > 0))
-            if spec.checkpoint_every and (step + 1) % spec.checkpoint_every == 0 and step + 1 < num_steps:
+            is_last = step + 1 == num_steps
+            if spec.checkpoint_every and (
+                spec.keep_checkpoints or spec.evaluate_every if is_last else (step + 1) % spec.checkpoint_every == 0
+            ):
                 save(run.checkpoints, step + 1, spec.keep_checkpoints)
                 saved = step + 1
             bar.advance(1, note=_note(result, terms, seconds))
-    if spec.checkpoint_every and spec.keep_checkpoints and first < num_steps:
-        save(run.checkpoints, num_steps, spec.keep_checkpoints)
+            reach(step + 1)
 
 
 def _after(skipped: int) -> str:
@@ -243,8 +259,8 @@ def seed_of(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _export(run: Run, recipe: Recipe, student: Any, tokenizer: Any) -> None:
-    """Publish the student, and mark the run as trained."""
+def _export(run: Run, recipe: Recipe, student: Any, tokenizer: Any, best: Mapping[str, Any] | None) -> None:
+    """Publish the student, and mark the run as trained. `best` says by what it was chosen."""
     adapters.save(student, run.adapters)
     adapters.merge(student)
     temporary = run.path / "student.tmp"
@@ -270,6 +286,7 @@ def _export(run: Run, recipe: Recipe, student: Any, tokenizer: Any) -> None:
             "teacher_share": sum(row["teacher_share"] for row in rows) / len(rows),
             "peak_memory_mb": max(row["peak_memory_mb"] for row in rows),
             "weights_sha256": weights_hash(dict(student.named_parameters())),
+            **({"best": best} if best else {}),
         },
     )
     _, spec = recipe.for_training()
@@ -279,8 +296,11 @@ def _export(run: Run, recipe: Recipe, student: Any, tokenizer: Any) -> None:
 
 def _evaluate(run: Run, recipe: Recipe, student: Any, tokenizer: Any, world: World) -> None:
     """Grade the student, and mark the run as finished."""
+    shutil.rmtree(run.best, ignore_errors=True)  # what was best is the student now
     student.eval()
     subject = Subject(student, tokenizer, world.device, recipe.teacher)
-    for result in evaluate(recipe.evaluate, subject, run.path / "evals"):
+    totals = run.read_json("run.json")
+    seen = run.evals_after(totals.get("best", {}).get("step", totals["steps"]))
+    for result in evaluate(recipe.evaluate, subject, run.path / "evals", seen):
         run.write_json(f"evals/{result.name}.json", result.to_json())
-    run.write_json("run.json", run.read_json("run.json") | {"status": "finished"})
+    run.write_json("run.json", totals | {"status": "finished"})

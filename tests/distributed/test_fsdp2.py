@@ -107,6 +107,13 @@ def recipes(base: dict[str, Any], make_model_dir: Callable[..., Path]) -> dict[s
     return {name: recipe(name) for name in STEPS}
 
 
+def choosing(base: dict[str, Any]) -> dict[str, Any]:
+    """With evaluations, and a student that is the best of them by what gets worse with every step."""
+    held_out = {"type": "agreement", "data": base["source"]["data"]}
+    chosen = {"steps": 3, "evaluate_every": 1, "best": {"benchmark": "agreement", "metric": "kl"}, "optimizer": {"learning_rate": 0.03}}
+    return {**base, "objective": TERMS["ce"], "evaluate": [held_out], "train": {**base["train"], **chosen}}
+
+
 @pytest.fixture(scope="module")
 def alone(base: dict[str, Any], folder: Path) -> limbeck.Run:
     return limbeck.train(base, folder / "alone")
@@ -118,6 +125,7 @@ def two(base: dict[str, Any], recipes: dict[str, dict[str, Any]], alone: limbeck
     lora, dora = ({**base, "student": {**base["student"], "lora": adapters}} for adapters in (LORA, DORA))
     ddp_only = {"parallel": {"strategy": "ddp"}}
     ddp = {**base, **ddp_only}
+    chosen = choosing(base)
     work = {
         "steps": recipes,
         "broken": recipes["ce"],
@@ -129,6 +137,8 @@ def two(base: dict[str, Any], recipes: dict[str, dict[str, Any]], alone: limbeck
             {"recipe": base, "path": str(folder / "resumed"), "from": str(folder / "straight"), "after": 2},
             {"recipe": base, "path": str(folder / "from one"), "from": str(alone.path), "after": 2},
             {"recipe": ddp, "path": str(folder / "as ddp"), "from": str(folder / "straight"), "after": 2},
+            {"recipe": chosen, "path": str(folder / "chosen")},
+            {"recipe": {**chosen, "parallel": {"strategy": "ddp"}}, "path": str(folder / "chosen by ddp")},
         ],
     }
     (folder / "work.json").write_text(json.dumps(work))
@@ -203,6 +213,17 @@ def test_a_resume_on_others_gives_the_same(two: dict[str, Any], folder: Path, na
 def test_one_process_goes_on_where_two_stopped(two: dict[str, Any], base: dict[str, Any], folder: Path) -> None:
     stopped(folder / "straight", folder / "one of two", after=2)
     _assert_same(limbeck.train(base, folder / "one of two").path, folder / "straight")
+
+
+@pytest.mark.parametrize("name", ["chosen", "chosen by ddp"])
+def test_processes_agree_on_the_best(two: dict[str, Any], base: dict[str, Any], folder: Path, name: str) -> None:
+    expected, found = limbeck.train(choosing(base), folder / f"{name} alone"), limbeck.Run(folder / name)
+    kls = [[row["metrics"]["agreement"]["kl"]["value"] for row in run.evaluations()] for run in (expected, found)]
+    assert len(kls[0]) == 4 and kls[0] == pytest.approx(kls[1], rel=1e-4)
+    assert expected.read_json("run.json")["best"]["step"] == found.read_json("run.json")["best"]["step"] == kls[0].index(min(kls[0])) < 3
+    ours, theirs = (load_file(run.student / "model.safetensors") for run in (expected, found))
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], rtol=0, atol=1e-5, msg=key)
 
 
 def test_checkpoints_are_written_in_parts_without_pickle(two: dict[str, Any], alone: limbeck.Run, folder: Path) -> None:

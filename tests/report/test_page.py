@@ -334,3 +334,45 @@ def test_report_is_made_without_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (path / "report.html").is_file()
+
+
+def evaluated(run: Path, values: list[float], best: int | None = None) -> None:
+    """Evaluations of a run after every 8 steps, of which one chose."""
+    rows = [
+        {"step": 8 * i, "seconds": 1.0, "metrics": {"piqa": {"accuracy": {"value": value, "stderr": 0.03, "higher_is_better": True}}}}
+        for i, value in enumerate(values)
+    ]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if best is not None:
+        chosen = {"benchmark": "piqa", "metric": "accuracy", "step": 8 * best, "value": values[best]}
+        fake.write_json(run / "run.json", json.loads((run / "run.json").read_text()) | {"best": chosen})
+
+
+def test_evaluations_of_a_run_are_drawn_and_what_chose_is_named(tmp_path):
+    evaluated(fake.run(tmp_path / "r", "sft"), [0.5, 0.62, 0.58, 0.6], best=1)
+    html, markdown, figures = read(tmp_path / "r")
+    for text in (Elements(html).text, markdown):
+        assert "The student: weights after step 8, chosen by piqa accuracy." in text
+        assert "The student was chosen during training by piqa. Scores on what chose are the best of several, and too good" in text
+    svg = (tmp_path / "r" / "report_files" / "evaluations-0.svg").read_text()
+    assert figures["chosen"] == {"r": [{"benchmark": "piqa", "metric": "accuracy", "step": 8, "value": 0.62}]}
+    evaluated(tmp_path / "r", [0.5, 0.62, 0.58, 0.6], best=3)
+    read(tmp_path / "r")
+    assert svg != (tmp_path / "r" / "report_files" / "evaluations-0.svg").read_text(), "the ring is elsewhere"
+
+
+def test_evaluations_of_a_study_have_a_line_per_arm(tmp_path):
+    path = fake.study(tmp_path / "s", seeds=(0, 1))
+    for arm in ("sft", "logits"):
+        for seed in (0, 1):
+            evaluated(path / "arms" / arm / f"seed-{seed}", [0.5, 0.6, 0.55 + seed / 10, 0.5], best=1 + seed if arm == "logits" else None)
+    _, markdown, figures = read(path)
+    assert "logits: weights after step 8 and 16, chosen by piqa accuracy." in markdown and list(figures["chosen"]) == ["logits"]
+    assert "piqa: accuracy ↑ during training of sft, logits" in markdown and "Students were chosen during training by piqa." in markdown
+    evaluated(path / "arms" / "sft" / "seed-0", [0.5, 0.4], best=0)
+    assert "sft: weights after step 0, chosen by piqa accuracy. After step 0 nothing is learned yet" in read(path)[1]
+
+
+def test_without_evaluations_nothing_is_said_of_them(tmp_path):
+    html, markdown, figures = read(fake.run(tmp_path / "r", "sft"))
+    assert "during training" not in Elements(html).text + markdown and "chosen" not in figures

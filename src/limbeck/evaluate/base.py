@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import TypeAdapter, ValidationError, field_validator
 
-from limbeck.errors import RunError
+from limbeck.errors import RecipeError, RunError, nearest
 from limbeck.spec import Family
 
 if TYPE_CHECKING:
@@ -121,6 +121,15 @@ class Benchmark(Family):
         if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", name):
             raise ValueError("expected a name that can be a file's: letters, digits and . _ + -, starting with a letter or digit")
         return name
+
+    def metric_named(self, metric: str, where: str) -> str:
+        """The metric that is meant: as named, or the first where it is empty; RecipeError where there is none of that name."""
+        known = list(self.higher_is_better)
+        if not known:  # metrics are told by what is run
+            return metric
+        if metric and metric.partition("/")[0] not in known:
+            raise RecipeError(f"{where}: found {metric!r}, expected a metric of {self.key!r}: {', '.join(known)}{nearest(metric, known)}")
+        return metric or known[0]
 
     def check(self) -> None:
         """Raise on what would stop `run` and shows before a model is loaded: a missing file, a bad row, an unknown task. Torch-free."""

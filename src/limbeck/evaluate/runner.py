@@ -23,11 +23,12 @@ SAME = ("name", "version", "settings", "cases", "subject")
 """What two results must have in common to be of the same thing."""
 
 
-def evaluate(benchmarks: Sequence[Benchmark], subject: Subject, done: Path | None = None) -> Iterator[Result]:
+def evaluate(benchmarks: Sequence[Benchmark], subject: Subject, done: Path | None = None, seen: Path | None = None) -> Iterator[Result]:
     """The result of each benchmark, as it is ready.
 
-    `done` is a folder of results (NAME.json) that are taken where they still hold; the caller writes what is new into it before asking for
-    the next. Meanwhile the items of a benchmark are kept there as they are graded, and an interrupted one goes on behind them.
+    `done` is a folder of results (NAME.json) that are taken where they still hold, as are those in `seen`; the caller writes what is new
+    into `done` before asking for the next. Meanwhile the items of a benchmark are kept there as they are graded, and an interrupted one
+    goes on behind them.
     """
     if not benchmarks:
         return
@@ -47,7 +48,7 @@ def evaluate(benchmarks: Sequence[Benchmark], subject: Subject, done: Path | Non
             subject=identity | asked,
         )
         partial = done / f"{benchmark.key}.partial.jsonl" if done is not None else None
-        result = _found(empty, done)
+        result = _found(empty, done) or _found(empty, seen)
         if result is None:
             result = _graded(empty, benchmark, subject, partial)
         say(_summary(result))

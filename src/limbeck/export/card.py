@@ -147,6 +147,9 @@ def _facts(run: Run, recipe: dict[str, Any], models: dict[str, str], data_names:
     yield "objective", " + ".join(_term(term) for term in recipe["objective"] if term["weight"])
     optimizer = train["optimizer"]
     yield "training", f"{totals['steps']} steps of {train['batch_size']} conversations, learning rate {optimizer['learning_rate']:g}"
+    if best := totals.get("best"):
+        by = f"{' '.join(dict.fromkeys((best['benchmark'], best['metric'])))} ({best['value']:.4g}), which is therefore too good"
+        yield "chosen", f"as after step {best['step']}, chosen by {by}"
     yield "tokens seen", f"{totals['tokens']:,} in {totals['train_seconds']:,.0f} s"
     yield "precision, seed", f"{train['precision']}, {recipe['seed']}"
 

@@ -53,6 +53,8 @@ def disk(recipe: Recipe, source: OpenSource, sizes: Sizes) -> dict[str, int | No
     _, spec = recipe.for_training()
     held = max(spec.keep_checkpoints, 1) + 1 if spec.checkpoint_every else 0
     found: dict[str, int | None] = {"student": FLOAT * sizes.saved + SLACK_MB * 2**20, "checkpoints": held * 3 * FLOAT * sizes.trained}
+    if spec.best is not None:
+        found["best"] = (held or 1) * FLOAT * sizes.trained + FLOAT * sizes.trained
     if recipe.capture is not None:
         found["capture"] = _captured(recipe, recipe.capture, source)
     return found

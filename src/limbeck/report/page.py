@@ -92,7 +92,7 @@ def make_page(evidence: Evidence) -> Page:
         *(_verdicts(evidence, judged) if judged else []),
         Section(
             "Quality",
-            [words.caution(evidence)] if words.caution(evidence) else [],
+            [sentence for sentence in (words.caution(evidence), words.optimistic_sentence(evidence)) if sentence],
             [tables.quality(evidence)] if evidence.benchmarks() else [],
             plots.quality_plots(evidence),
             "Plots show the first metric of each benchmark; bars are two standard errors over items, small ticks single seeds.",
@@ -101,6 +101,7 @@ def make_page(evidence: Evidence) -> Page:
         Section(f"Differences from {evidence.baseline}", tables=[tables.paired(evidence, differences)] if differences else []),
         Section("What the teacher has to give", words.headroom_sentences(summary.headroom(evidence))),
         Section("Training", plots=plots.loss_plots(evidence), note=_LOSS_NOTE),
+        Section("Evaluations during training", words.chosen_sentences(evidence), [], plots.evaluation_plots(evidence), _EVALUATIONS_NOTE),
         Section("Layer maps", plots=plots.layer_map_plots(evidence), note=_LAYERS_NOTE),
         _forgetting(evidence),
         Section("Learning rates", tables=[verdict_words.sweep_table(evidence)] if evidence.tuning else []),
@@ -156,6 +157,12 @@ _LAYERS_NOTE = (
 _LOSS_NOTE = (
     "What was optimised, on one pair of axes for all arms: cross-entropy and divergences in nats per scored token, hidden-state distances "
     "per token, totals with their weights. Lines are means over seeds, bands their range. Teacher NLL is the teacher’s on the same tokens."
+)
+
+
+_EVALUATIONS_NOTE = (
+    "Lines are means over seeds and bands their range, or for a single run two standard errors over items. Ringed: the evaluation whose "
+    "weights became the student."
 )
 
 
@@ -224,6 +231,7 @@ def to_json(evidence: Evidence) -> dict[str, Any]:
         "costs": {arm: summary.cost(runs) for arm, runs in evidence.finished.items()},
         "equal_compute": [asdict(its) for its in summary.equal_compute(evidence)],
         "capture": evidence.capture,
+        **({"chosen": chosen} if (chosen := summary.chosen(evidence)) else {}),
         "budgets": {
             "equal": all(budget.is_equal for budget in budgets) if budgets else None,
             "statement": words.budget_sentence(budgets),

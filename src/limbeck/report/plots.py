@@ -171,6 +171,58 @@ def loss_plots(evidence: Evidence) -> list[Plot]:
     return plots
 
 
+def evaluation_plots(evidence: Evidence) -> list[Plot]:
+    """One plot per benchmark that was asked during training, of its first metric (and of the one that chose): a line per arm, over seeds
+    the mean with the range, for a single run two standard errors over items. Rings are on what was chosen."""
+    arms = {arm: [run for run in runs if run.evaluations] for arm, runs in evidence.arms.items()}
+    arms = {arm: runs for arm, runs in arms.items() if runs}
+    found: dict[tuple[str, str], None] = {}
+    for runs in arms.values():
+        for benchmark, metrics in runs[0].evaluations[0]["metrics"].items():
+            found[benchmark, next(iter(metrics))] = None
+        if best := runs[0].totals.get("best"):
+            found[best["benchmark"], best["metric"]] = None
+    colours, plots = arm_colours(evidence), list[Plot]()
+    for benchmark, metric in found:
+        drawn = {arm: [_evaluated(run, benchmark, metric) for run in runs] for arm, runs in arms.items()}
+        drawn = {arm: curves for arm, curves in drawn.items() if all(curves)}
+        if not drawn:
+            continue
+        example: dict[str, Any] = next(iter(drawn.values()))[0][0][1]
+        with new_figure(1.9) as (figure, axes):
+            for arm, curves in drawn.items():
+                _line(axes, [[(step, its["value"]) for step, its in curve] for curve in curves], colours[arm], "solid", arm)
+                if len(curves) == 1:
+                    steps, low, high = zip(*((step, *_band(its)) for step, its in curves[0]), strict=True)
+                    axes.fill_between(steps, low, high, color=colours[arm], alpha=0.18, linewidth=0)
+                for run, curve in zip(arms[arm], curves, strict=True):
+                    best = run.totals.get("best") or {}
+                    at = [(step, its["value"]) for step, its in curve if (benchmark, metric, step) == tuple(map(best.get, _CHOSEN))]
+                    axes.scatter(*zip(*at, strict=True), s=30, color="none", edgecolor=INK, linewidth=0.9, zorder=3) if at else None
+            axes.grid(color=GRID, linewidth=0.8)
+            axes.locator_params(axis="x", integer=True, nbins=5)
+            axes.set_xlabel("optimizer step")
+            if len(drawn) > 1:
+                axes.legend(frameon=False, fontsize=7.5, labelcolor=INK, handlelength=1.6, borderaxespad=0.1)
+            title = metric_name(benchmark, metric, example)
+            plots.append(to_plot(figure, f"evaluations-{len(plots)}", title, f"{title} during training of {', '.join(drawn)}"))
+    return plots
+
+
+_CHOSEN = ("benchmark", "metric", "step")
+
+
+def _evaluated(run: RunRecord, benchmark: str, metric: str) -> list[tuple[int, dict[str, Any]]]:
+    """(step, metric) of a run's evaluations that have a value."""
+    rows = [(row["step"], row["metrics"].get(benchmark, {}).get(metric, {})) for row in run.evaluations]
+    return [(step, its) for step, its in rows if its.get("value") is not None]
+
+
+def _band(metric: dict[str, Any]) -> tuple[float, float]:
+    spread = 2 * (metric["stderr"] or 0.0)
+    return metric["value"] - spread, metric["value"] + spread
+
+
 def layer_map_plots(evidence: Evidence) -> list[Plot]:
     """One plot per hidden term whose map the data decided: a dot per pair of blocks, as large as they are alike; the chosen ones ringed."""
     plots: list[Plot] = []

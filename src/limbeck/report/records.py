@@ -42,6 +42,8 @@ class RunRecord:
     """Hash of the teacher that benchmarks compared with, as it was captured."""
     about: dict[str, Any] = field(default_factory=dict)
     """Costs that no run.json has: `flops`, and those of `parent`."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Those during training."""
 
     @property
     def is_finished(self) -> bool:
@@ -65,6 +67,7 @@ def of_run(path: Path, arm: str, seed: int) -> RunRecord:
         environment=run.read_json("environment.json", {}),
         metrics=[row for row in run.metrics() if {"step", "loss", "scored_tokens"} <= set(row)],
         evals=checked(run.evals(), run.path / "evals"),
+        evaluations=[row for row in run.evaluations() if {"step", "metrics"} <= set(row)],
     )
 
 
@@ -84,6 +87,7 @@ def write_record(file: Path, record: RunRecord) -> None:
         "environment": {key: value for key, value in record.environment.items() if key != "command"},
         "metrics": [_curve(row) for row in _thinned(record.metrics)],
         "evals": {name: _without_texts(result) for name, result in record.evals.items()},
+        **({"evaluations": _thinned(record.evaluations)} if record.evaluations else {}),
     }
     write_json(file, tree, indent=None)
 

@@ -299,3 +299,9 @@ def _last(run: RunRecord, key: str, num_steps: int) -> float:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def chosen(evidence: Evidence) -> dict[str, list[dict[str, Any]]]:
+    """By arm and seed, the evaluation during training that was best, where that chose the student."""
+    found = {arm: [run.totals["best"] for run in runs if run.totals.get("best")] for arm, runs in evidence.finished.items()}
+    return {arm: its for arm, its in found.items() if its}

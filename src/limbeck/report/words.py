@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from limbeck.report.collect import Evidence, objective_text, terms
-from limbeck.report.summary import BUDGETS, Budget, Difference, Headroom, score
+from limbeck.report.summary import BUDGETS, Budget, Difference, Headroom, chosen, score
 from limbeck.report.tables import Numbers, metric_name, words
 
 OPTIMISED = {"ce": "the likelihood of the data’s tokens", "logits": "closeness to the teacher’s distribution"}
@@ -129,6 +129,32 @@ def caution(evidence: Evidence) -> str:
     if not evidence.is_study or len(parts) < 2 or not has_text:
         return ""
     return f"Read agreement and likelihood with care: {'; '.join(parts)}. Neither can say which student is the better one."
+
+
+def chosen_sentences(evidence: Evidence) -> list[str]:
+    """Which of the students that evaluations saw became an arm's, and by what."""
+    sentences = []
+    for arm, found in chosen(evidence).items():
+        by = " ".join(words(part) for part in dict.fromkeys((found[0]["benchmark"], found[0]["metric"])))
+        steps = listing([f"{best['step']:,}" for best in found])
+        unlearned = sum(best["step"] == 0 for best in found)
+        sentences.append(
+            f"{'The student' if not evidence.is_study else arm}: weights after step {steps}, chosen by {by}."
+            + (" After step 0 nothing is learned yet: by this metric training did harm." if unlearned else "")
+        )
+    return sentences
+
+
+def optimistic_sentence(evidence: Evidence) -> str:
+    """Scores that are too good, because they chose."""
+    names = {words(found[0]["benchmark"]): None for found in chosen(evidence).values()}
+    if not names:
+        return ""
+    students = "Students were" if evidence.is_study else "The student was"
+    return (
+        f"{students} chosen during training by {listing(list(names))}. Scores on what chose are the best of several, and too good: "
+        "judge by other cases."
+    )
 
 
 def headroom_sentences(found: Sequence[Headroom]) -> list[str]:
