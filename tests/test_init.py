@@ -10,8 +10,9 @@ import yaml
 from limbeck.check import check
 from limbeck.errors import RecipeError
 from limbeck.init import METHODS, init, starter
-from limbeck.recipe import Recipe, Train
+from limbeck.recipe import Recipe
 from limbeck.study import Study
+from limbeck.training import Train
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from limbeck.errors import RecipeError
 from limbeck.flops import flops_per_token
-from limbeck.recipe import Recipe, Train
+from limbeck.recipe import Recipe
+from limbeck.training import Train
 
 AGAIN, PLANTED = "-again", "-planted"
 """Behind the baseline's name: its controls."""

@@ -85,7 +85,7 @@ def _protocol(there: dict[str, Any], declared: dict[str, Any], has_runs: bool) -
     if first is None or not has_runs:
         return {"protocol": declared, "amendments": []}
     latest = there["amendments"][-1]["protocol"] if there["amendments"] else first
-    if latest["sha256"] == declared["sha256"]:
-        return {"protocol": first, "amendments": there["amendments"]}
     changes = [line for key, line in differences(latest, declared) if key != "sha256"]
+    if not changes:  # hashes may differ nevertheless: by a key that came later and is not used
+        return {"protocol": first, "amendments": there["amendments"]}
     return {"protocol": first, "amendments": [*there["amendments"], {"changes": changes, "protocol": declared}]}

@@ -18,7 +18,7 @@ from limbeck.batch import Batch, Signal
 from limbeck.distributed import World
 from limbeck.errors import RunError
 from limbeck.objectives.base import Term, gates
-from limbeck.recipe import Train
+from limbeck.training import Train
 
 
 @dataclass

@@ -11,8 +11,9 @@ from types import ModuleType
 
 import pytest
 
-from limbeck.recipe import Recipe, Train
+from limbeck.recipe import Recipe
 from limbeck.spec import Family
+from limbeck.training import Train
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
