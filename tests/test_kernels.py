@@ -14,7 +14,7 @@ import pytest
 import limbeck
 from helpers import tiny_model, write_jsonl
 from limbeck import kernels, student, trainer
-from limbeck import recipe as recipe_module
+from limbeck import training as training_module
 from limbeck.errors import ModelError, RecipeError
 from limbeck.recipe import check_files, parse_recipe
 
@@ -51,13 +51,13 @@ def test_what_cannot_work_is_refused_with_the_recipe(tree: dict[str, Any], overr
 
 
 def test_missing_package_is_named_with_the_command(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(training_module, "find_spec", lambda name: None)
     expected = "train.kernels: 'liger_kernel' is not installed; expected its package: pip install 'limbeck[liger]'"
     assert check_files(parse_recipe(tree, ["train.kernels=[liger]"])) == [expected]
 
 
 def test_liger_on_a_cpu_is_refused_before_a_model_is_loaded(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe_module, "find_spec", lambda name: object())
+    monkeypatch.setattr(training_module, "find_spec", lambda name: object())
     monkeypatch.setattr("limbeck.trainer.build_student", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(RecipeError, match=r"train\.kernels: found 'liger' on a CPU, expected an accelerator"):
         limbeck.train(tree, tmp_path / "run", ["train.kernels=[liger]"])
@@ -109,7 +109,7 @@ def test_liger_comes_after_all_that_runs_where_models_are_opened(
         model.get_decoder().register_forward_pre_hook(noted("forward"))
         return model
 
-    monkeypatch.setattr(recipe_module, "find_spec", lambda name: object())
+    monkeypatch.setattr(training_module, "find_spec", lambda name: object())
     monkeypatch.setattr(kernels, "refuse_cpu", lambda device: None)
     monkeypatch.setattr(kernels, "use_liger", noted("liger"))
     monkeypatch.setattr(trainer, "divide", noted("divide", trainer.divide))

@@ -191,12 +191,11 @@ def test_from_a_checkpoint_before_the_best(base: dict[str, Any], straight: Run, 
 
 
 def test_a_best_that_is_damaged_is_named_and_can_be_done_without(base: dict[str, Any], broken_off: Run) -> None:
-    newest = max(broken_off.best.iterdir())
-    for folder in broken_off.best.iterdir():
+    for folder in broken_off.best.iterdir():  # which of them is needed, rounding decides
         content = bytearray((folder / "learner.safetensors").read_bytes())
         content[-1] ^= 1
         (folder / "learner.safetensors").write_bytes(content)
-    with pytest.raises(RunError, match=rf"best/{newest.name}: damaged: .* Delete this folder to go on without it"):
+    with pytest.raises(RunError, match=r"best/step-\d+: damaged: .* Delete this folder to go on without it"):
         limbeck.train(with_train(base, **BEST), broken_off.path)
     shutil.rmtree(broken_off.best)
     run = limbeck.train(with_train(base, **BEST), broken_off.path)

@@ -188,8 +188,8 @@ def test_empty_file(content, tmp_path):
 
 
 def test_unreadable_file(tmp_path):
-    for path in (tmp_path, tmp_path / "missing.jsonl"):
-        with pytest.raises(DataError, match="no such file"):
+    for path, problem in ((tmp_path, "a folder, expected a file"), (tmp_path / "missing.jsonl", "no such file")):
+        with pytest.raises(DataError, match=problem):
             read_conversations(path)
 
 
