@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -142,3 +143,17 @@ def test_a_study_is_what_one_process_makes(cluster: OnRay, model_dir: Path, tmp_
             for name, its in records.items()
         }
     assert found["ray"] == found["local"] and len(found["ray"]) == 6
+
+
+def test_a_driver_that_is_terminated_ends_as_it_would_without_ray() -> None:
+    """Ray puts a handler of its own in the place of ours, which aborts."""
+    script = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+from limbeck.on_ray import _connected
+_connected()
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(20)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 75, done.stderr

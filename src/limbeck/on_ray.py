@@ -7,6 +7,8 @@ what it did is begun again, which for a run is at its checkpoint.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -121,10 +123,13 @@ def _connected() -> Any:
     if ray.is_initialized():
         return ray
     variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {MODE_VARIABLE: "quiet"}
+    ours = signal.getsignal(signal.SIGTERM)
     try:
         context = ray.init(logging_level="WARNING", include_dashboard=False, runtime_env={"env_vars": variables})
     except Exception as error:  # of several kinds, a bare one among them
         raise RunError(f"Ray: no cluster could be reached or started: {error}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)  # Ray's own, which it puts there, aborts
     room = ray.cluster_resources()
     say(f"Ray at {context.address_info['gcs_address']}: {room.get('CPU', 0):g} CPUs, {room.get('GPU', 0):g} GPUs")
     return ray
