@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -236,3 +237,24 @@ def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.005)
+
+
+class _Malloc(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]
+
+
+def large_blocks_have_pages() -> bool | None:
+    """Whether 4 MB get pages of their own from the allocator, and not a place in the heap; None where there is no glibc from 2.33 on."""
+    try:
+        look = ctypes.CDLL("libc.so.6").mallinfo2
+    except (OSError, AttributeError):
+        return None
+    look.restype = _Malloc
+    freed = bytearray(16 << 20)
+    del freed  # from here on glibc would have all that is smaller in its heap
+    before = look().hblkhd
+    block = bytearray(4 << 20)
+    return bool(look().hblkhd - before >= len(block))

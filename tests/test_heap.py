@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from helpers import large_blocks_have_pages
+
 CODE = """
-import ctypes, sys
+import sys
+from helpers import large_blocks_have_pages
 from limbeck import heap
 
-class Info(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
-
-libc = ctypes.CDLL("libc.so.6")
-libc.mallinfo2.restype = Info
 for wanted in sys.argv[1].split():
     heap.without_holes(wanted == "yes")
-del (large := [bytearray(16 << 20)])[:]  # from here on glibc would have all that is smaller in its heap
-before = libc.mallinfo2().hblkhd
-block = bytearray(4 << 20)
-print(libc.mallinfo2().hblkhd - before >= 4 << 20)
+print(large_blocks_have_pages())
 """
 
 
 @pytest.mark.parametrize(("asked", "expected"), [("yes", "True"), ("", "False"), ("no", "False"), ("yes no", "False")])
 def test_large_blocks_have_pages_of_their_own(asked: str, expected: str) -> None:
-    try:
-        ctypes.CDLL("libc.so.6").mallinfo2  # noqa: B018
-    except (OSError, AttributeError):
+    if large_blocks_have_pages() is None:
         pytest.skip("no glibc from 2.33 on")
-    done = subprocess.run([sys.executable, "-c", CODE, asked], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", CODE, asked], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.stdout.strip() == expected, done.stderr

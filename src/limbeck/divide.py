@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from limbeck import checkpoint, distributed
+from limbeck import checkpoint, distributed, heap
 from limbeck.distributed import World
 from limbeck.learner import Learner
 from limbeck.models import backbone, blocks, head
@@ -22,9 +22,22 @@ from limbeck.teachers.model import ModelScorer
 
 def divide(recipe: Recipe, learner: Learner, scorer: Scorer | None, world: World) -> nn.Module:
     """The learner as it is to be called. A teacher's head stays whole in every process, as the objective applies it where nothing is
-    gathered; other teachers than live ones have no weights here."""
+    gathered; other teachers than live ones have no weights here.
+
+    In main memory, what is gathered comes and goes in many sizes, and the whole models that were read leave room between what stays.
+    """
     _, spec = recipe.for_training()
-    live = scorer if isinstance(scorer, ModelScorer) and recipe.parallel.is_sharded(world.size) else None
+    if not recipe.parallel.is_sharded(world.size):
+        return distributed.wrap(learner, list(blocks(learner.student)), recipe.parallel, world, spec.precision)
+    heap.without_holes(True)
+    wrapped = _sharded(recipe, learner, scorer, world)
+    heap.give_back()
+    return wrapped
+
+
+def _sharded(recipe: Recipe, learner: Learner, scorer: Scorer | None, world: World) -> nn.Module:
+    _, spec = recipe.for_training()
+    live = scorer if isinstance(scorer, ModelScorer) else None
     is_shared = live is not None and live.model is learner.student
     whole = _head_parameters(learner.student) if is_shared else []
     wrapped = distributed.wrap(learner, list(blocks(learner.student)), recipe.parallel, world, spec.precision, whole)

@@ -17,8 +17,9 @@ def without_holes(wanted: bool) -> None:
     """Give every tensor of a megabyte and more pages of its own from here on, which go back when it is freed; or no longer.
 
     In the heap, where else all below 32 MB are, glibc before 2.38 does not find the place of one aligned block for another of the same size
-    (its bug 14581), once a few bytes beside it are taken. Adapters make many blocks that live briefly: a fifth of a run's memory was such
-    holes (benchmarks/README.md). Fresh pages cost time where weights have gradients, and none was found where adapters alone do.
+    (its bug 14581), once a few bytes beside it are taken. Adapters, and weights that are gathered from other processes, make many blocks
+    that live briefly: a fifth and a third of such runs' memory was holes (benchmarks/README.md). Fresh pages cost time where weights have
+    gradients, and none was found where adapters alone do.
     """
     global _asked
     if wanted != _asked:

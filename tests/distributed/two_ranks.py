@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import limbeck
+from helpers import large_blocks_have_pages
 from limbeck import distributed
 from limbeck.batch import Signal
 from limbeck.distributed import ALONE, World, world
@@ -54,6 +55,7 @@ def gradients(learner: Any, among: World) -> dict[str, Tensor]:
 def compared(recipe: Recipe, among: World) -> dict[str, Any]:
     """How far the gradients are from those of one process, at most, as a share of the largest; which are missing; and what is logged."""
     ours, learner = step(recipe, among)
+    has_pages = large_blocks_have_pages()
     found = gradients(learner, among)
     if not among.is_main:
         return {}
@@ -65,6 +67,7 @@ def compared(recipe: Recipe, among: World) -> dict[str, Any]:
         "error": max((found[name] - expected[name]).abs().max().item() for name in both) / largest,
         "missing": sorted(found.keys() ^ expected.keys()),
         "is_divided": distributed.is_divided(learner.parameters()),
+        "large_blocks_have_pages": has_pages,
         "values": [ours.loss, ours.grad_norm, *ours.sums.values()],
         "expected": [alone.loss, alone.grad_norm, *alone.sums.values()],
     }
