@@ -232,3 +232,23 @@ def test_other_settings_are_noticed(theirs, change):
 def test_a_folder_without_a_capture_is_refused(tmp_path):
     with pytest.raises(StoreError, match=r"found no \.parquet, expected a capture by DistillKit"):
         Files(tmp_path, Current(**CURRENT))
+
+
+def test_a_broken_file_is_named(theirs):
+    (file,) = theirs.glob("**/*.parquet")
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(StoreError, match=rf"{file.name}: cannot be read as Parquet"):
+        Files(theirs, Current(**CURRENT))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
+def test_many_files_are_not_all_open(theirs):
+    (file,) = theirs.glob("**/*.parquet")
+    for number in range(9):
+        shutil.copy(file, theirs / f"more-{number}.parquet")
+    files = Files(theirs, Current(**CURRENT))
+    rows = [row for row, _ in files.documents()]
+    for row in rows:
+        files.read(row)
+    opened = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert len({row.file for row in rows}) == 10 and not any(path.is_relative_to(theirs) for path in opened)

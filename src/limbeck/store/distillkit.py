@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -164,17 +165,16 @@ class Row:
 
 
 class Files:
-    """The Parquet files of a capture. The row group that was read last stays in memory."""
+    """The Parquet files of a capture, of which one is open at a time. The row group that was read last stays in memory."""
 
     def __init__(self, folder: str | Path, settings: Settings) -> None:
-        import pyarrow.parquet as pq
-
         self.paths, self._settings = sorted(Path(folder).glob("**/*.parquet")), settings
         if not self.paths:
             raise StoreError(f"{folder}: found no .parquet, expected a capture by DistillKit")
-        self._files = [pq.ParquetFile(path) for path in self.paths]
-        for path, file in zip(self.paths, self._files, strict=True):
-            if lacking := [name for name in ("input_ids", *settings.columns) if name not in file.schema_arrow.names]:
+        for number, path in enumerate(self.paths):
+            with self._open(number) as file:
+                names = file.schema_arrow.names
+            if lacking := [name for name in ("input_ids", *settings.columns) if name not in names]:
                 other = "legacy" if isinstance(settings, Current) else "current"
                 raise StoreError(
                     f"{path}: found no column {lacking[0]!r}, expected it by these settings; captures in the {other} codec have others"
@@ -183,21 +183,33 @@ class Files:
 
     def documents(self) -> Iterator[tuple[Row, np.ndarray]]:
         """Every document's token ids."""
-        for number, file in enumerate(self._files):
-            for group in range(file.num_row_groups):
-                column = file.read_row_group(group, columns=["input_ids"]).column(0)
-                for row, ids in enumerate(column.to_pylist()):
-                    yield Row(number, group, row), np.array(ids, dtype=np.int64)
+        for number in range(len(self.paths)):
+            with self._open(number) as file:
+                for group in range(file.num_row_groups):
+                    column = file.read_row_group(group, columns=["input_ids"]).column(0)
+                    for row, ids in enumerate(column.to_pylist()):
+                        yield Row(number, group, row), np.array(ids, dtype=np.int64)
 
     def read(self, at: Row) -> tuple[np.ndarray, np.ndarray]:
         """Ids and values `[n, k]` for the tokens after the first n of a document."""
         if self._last[0] != (at.file, at.group):
-            table = self._files[at.file].read_row_group(at.group, columns=list(self._settings.columns))
-            self._last = ((at.file, at.group), table)
+            with self._open(at.file) as file:
+                self._last = ((at.file, at.group), file.read_row_group(at.group, columns=list(self._settings.columns)))
         try:
             return self._settings.decode(self._last[1].slice(at.row, 1).to_pylist()[0])
         except ValueError as error:
             raise StoreError(f"{self.paths[at.file]}: {error}; the settings are not those with which it was written") from None
+
+    @contextmanager
+    def _open(self, number: int) -> Iterator[Any]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(self.paths[number]) as file:
+                yield file
+        except (pa.ArrowException, OSError) as error:
+            raise StoreError(f"{self.paths[number]}: cannot be read as Parquet ({error})") from None
 
 
 class _Cursor:
