@@ -23,11 +23,13 @@ from limbeck.study import Study
 @pytest.fixture
 def study(model_dir: Path, tmp_path: Path) -> dict[str, Any]:
     rows = [{"messages": [{"role": "user", "content": "x " * n}, {"role": "assistant", "content": f"It is {n}."}]} for n in range(1, 9)]
+    data = str(write_jsonl(tmp_path / "rows.jsonl", rows))
     base = {
         "student": {"model": str(model_dir), "keep_layers": [0, 3]},
         "teacher": {"type": "model", "model": str(model_dir)},
-        "source": {"type": "dataset", "data": str(write_jsonl(tmp_path / "rows.jsonl", rows))},
+        "source": {"type": "dataset", "data": data},
         "train": {"steps": 3, "batch_size": 4},
+        "evaluate": [{"type": "bits_per_byte", "data": data}],
     }
     arms = {"sft": {"objective": [{"type": "ce"}]}, "logits": {"objective": [{"type": "logits"}], "train": {"steps": 2}}}
     return {"name": "tiny", "base": base, "arms": arms, "seeds": [0, 1], "num_seeds": {"logits": 1}}
@@ -48,6 +50,7 @@ def test_counts_are_those_of_the_runs(study, tmp_path):
         ("sft", 1, False),
     ]
     assert all(row["basis"] == "a timed matrix product" and row["train_seconds"] > 0 for row in expected["runs"])
+    assert expected["evaluation_seconds"] is None, "nothing is known of it before a run"
     assert expected["num_recorded"] == 0 and expected["train_seconds"] == pytest.approx(sum(r["train_seconds"] for r in expected["runs"]))
     run_study(Study.model_validate(study | {"seeds": [0]}), tmp_path / "s")
     for arm in ("sft", "logits"):
@@ -58,6 +61,9 @@ def test_counts_are_those_of_the_runs(study, tmp_path):
     left = forecast(Study.model_validate(study), tmp_path / "s")
     assert [(row["arm"], row["seed"], row["basis"]) for row in left["runs"]] == [("sft", 1, "a recorded run")]
     assert left["num_recorded"] == 2
+    results = [json.loads(file.read_text()) for file in (tmp_path / "s").glob("**/records/*.json")]
+    took = [sum(its["seconds"] for its in record["evals"].values()) for record in results]
+    assert len(took) == 2 and min(took) > 0 and left["evaluation_seconds"] == pytest.approx(sum(took) / 2)
 
 
 def test_the_command_line(study, tmp_path, capsys, monkeypatch):

@@ -30,6 +30,7 @@ def forecast(study: Study, path: Path | str, results: Path | str | None = None) 
         "num_recorded": len(every) - len(tasks),
         "tokens": sum(row["tokens"] for row in rows),
         "train_seconds": sum(row["train_seconds"] for row in rows),
+        "evaluation_seconds": _evaluation(ledger, every, tasks),
         "memory_mb": max((row["memory_mb"] for row in rows), default=0.0),
         "disk_mb": sum(row["disk_mb"] for row in rows),
     }
@@ -45,11 +46,25 @@ def show(expected: dict[str, Any]) -> None:
         first, minutes = rows[0], f"{rows[0]['train_seconds'] / 60:.1f}"
         table.add_row(arm, str(len(rows)), f"{first['tokens']:,}", minutes, first["basis"], f"{first['memory_mb']:,.0f}")
     console.print(table)
+    graded = expected["evaluation_seconds"]
+    beside = " beside capture and evaluation" if graded is None else f" and {graded / 60:.0f} of evaluation, as recorded, beside capture"
     say(
         f"{expected['num_runs']} runs to make, {expected['num_recorded']} recorded: {expected['tokens']:,} tokens, about "
-        f"{expected['train_seconds'] / 60:.0f} minutes of training beside capture and evaluation, "
+        f"{expected['train_seconds'] / 60:.0f} minutes of training{beside}, "
         f"{megabytes(expected['disk_mb'] * MB)} MB of students"
     )
+
+
+def _evaluation(ledger: Ledger, every: list[Task], left: list[Task]) -> float | None:
+    """Seconds, if a run that is left takes what recorded ones of its kind took on the mean; None where one has none to go by."""
+    recorded = [(task.is_tuning, record) for task in every if (record := ledger.recorded(task)) is not None]
+    total = 0.0
+    for task in left:
+        took = [sum(its["seconds"] for its in record.evals.values()) for is_tuning, record in recorded if is_tuning == task.is_tuning]
+        if not took:
+            return None
+        total += sum(took) / len(took)
+    return total
 
 
 def _expected(ledger: Ledger, task: Task, planned: dict[str, Any]) -> dict[str, Any]:
