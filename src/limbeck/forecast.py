@@ -47,7 +47,11 @@ def show(expected: dict[str, Any]) -> None:
         table.add_row(arm, str(len(rows)), f"{first['tokens']:,}", minutes, first["basis"], f"{first['memory_mb']:,.0f}")
     console.print(table)
     graded = expected["evaluation_seconds"]
-    beside = " beside capture and evaluations" if graded is None else f" and {graded / 60:.0f} of their evaluation, as recorded, beside capture and references"
+    beside = (
+        " beside capture and evaluations"
+        if graded is None
+        else f" and {graded / 60:.0f} of their evaluation, as recorded, beside capture and references"
+    )
     say(
         f"{expected['num_runs']} runs to make, {expected['num_recorded']} recorded: {expected['tokens']:,} tokens, about "
         f"{expected['train_seconds'] / 60:.0f} minutes of training{beside}, "
