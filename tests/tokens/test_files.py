@@ -127,6 +127,18 @@ def test_a_truncated_parquet_file(tmp_path: Path) -> None:
         list(rows_of(file))
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "feather"])
+def test_text_that_is_no_utf8_in_a_column(suffix: str, tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import feather, parquet
+
+    table = pa.table({"text": pa.array([b"fine", b"\xe1\x41"], pa.binary()).view(pa.string())})
+    file = tmp_path / f"x.{suffix}"
+    (parquet.write_table if suffix == "parquet" else feather.write_feather)(table, file)
+    with pytest.raises(DataError, match=rf"x.{suffix}: not readable as {suffix.capitalize()}: 'utf-8' codec can't decode byte 0xe1"):
+        list(rows_of(file))
+
+
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     for name in ("x.jsonl", "x.json", "x.csv"):
         with pytest.raises(DataError, match=rf"{name}: not readable: No such file"):
