@@ -21,7 +21,7 @@ from limbeck.cache import weight_shapes
 from limbeck.check import check
 from limbeck.conduct import run_study
 from limbeck.errors import LimbeckError, RecipeError, RunError
-from limbeck.ledger import Ledger
+from limbeck.ledger import Ledger, Task
 from limbeck.protocol import declared_primary
 from limbeck.report.records import RunRecord
 from limbeck.run import Run
@@ -127,6 +127,43 @@ def test_capture_holds_what_all_arms_ask_for(finished):
     took = json.loads((path / "capture.json").read_text())
     assert manifest["layers"] == [1, 3] and took["layers"] == [1, 3]
     assert took["num_samples"] == 16 and took["seconds"] > 0 and took["complete"]  # ten to train on, six held out
+
+
+@pytest.mark.parametrize("changes", [{}, {"capture": None}], ids=["captured", "live"])
+def test_arms_with_another_teacher(make_study, make_model_dir, finished, tmp_path, trained, changes):
+    other = make_model_dir(layers=4, seed=9)
+    arms = {name: ARMS[name] for name in ("sft", "logits")}
+    for name in ("other", "other_too"):
+        arms[name] = ARMS["logits"] | {"teacher": {"model": str(other)}}
+    study = make_study(arms=arms, **changes)
+    figures = run_study(study, tmp_path / "s")
+    own = "teacher-of-other"
+    assert list(figures["scores"]) == ["teacher", own, "untrained", *arms]
+    kl = {name: its["agreement"]["kl"]["value"] for name, its in figures["scores"].items()}
+    assert kl["teacher"] == pytest.approx(0, abs=1e-6) and kl[own] > 0.01, "all are compared with the study's teacher"
+    assert kl["other"] == kl["other_too"] != kl["logits"] < kl["other"]
+    assert kl["logits"] == pytest.approx(finished[1]["scores"]["logits"]["agreement"]["kl"]["value"], abs=1e-5)
+    given = {arm: Run(tmp_path / "s" / "arms" / arm / "seed-0").read_json("recipe.json")["teacher"] for arm in arms}
+    if study.capture:
+        assert {arm: Path(its["path"]).name for arm, its in given.items()} == {
+            "sft": "teacher",
+            "logits": "teacher",
+            "other": own,
+            "other_too": own,
+        }
+        took = [json.loads((tmp_path / "s" / file).read_text()) for file in ("capture.json", f"capture-{own}.json")]
+        assert took[0]["about"]["teacher"] != took[1]["about"]["teacher"] and all(its["complete"] for its in took)
+        page = Path(figures["report"]["markdown"]).read_text()
+        assert f"{own} scored" in page and "for all arms that have it" in page
+        keys = {arm: Ledger(make_study(), tmp_path / "t").key(Task(arm, 0)) for arm in ("sft", "logits")}
+        ours = Ledger(study, tmp_path / "s")
+        assert {arm: ours.key(Task(arm, 0)) for arm in keys} == keys, "other arms keep their records"
+        assert len({ours.key(Task(arm, 0)) for arm in arms}) == 3, "and two that do the same are one and the same"
+    else:
+        assert [its["model"] for its in given.values()].count(str(other)) == 2
+    trained.clear()
+    run_study(study, tmp_path / "s")
+    assert trained == []
 
 
 def test_fine_tuning_does_not_open_the_teacher(finished):
@@ -573,9 +610,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "arm named like a path": ({"arms": {"../x": ARMS["sft"]}}, "found arm '../x', expected a file name"),
     "arm named like a reference": ({"arms": {"teacher": ARMS["sft"]}}, "found arm 'teacher'"),
     "arms that differ by case": ({"arms": {"a": ARMS["sft"], "A": ARMS["sft"]}}, "differ by more than case"),
+    "arm named like a teacher": ({"arms": {"teacher-of-x": ARMS["sft"]}}, "found arm 'teacher-of-x', .* and teacher-of-"),
     "teacher of an arm": (
-        {"arms": {"x": ARMS["sft"] | {"teacher": {"type": "none"}}}},
-        "arm 'x' sets 'teacher'; all arms of a study have one",
+        {"arms": {"x": ARMS["logits"] | {"teacher": {"type": "none"}}}},
+        "arm 'x': evaluate: 'agreement' compares with a teacher, and teacher is 'none'",
     ),
     "seed of an arm": ({"arms": {"x": ARMS["sft"] | {"seed": 3}}}, "arm 'x' sets 'seed'; .*set `seeds`"),
     "seed twice": ({"seeds": [1, 1]}, r"seeds: .*found \[1, 1\], expected at least one number from 0, none twice"),
@@ -646,7 +684,7 @@ def test_capture_wants_a_live_teacher(make_study, tmp_path):
     base = make_study().model_dump(mode="json")["base"] | {"teacher": {"type": "none"}, "evaluate": []}
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump({"name": "x", "base": base, "arms": {"sft": ARMS["sft"]}, "capture": {}}, sort_keys=False))
-    with pytest.raises(RecipeError, match=r"capture is set, and base\.teacher is 'none'"):
+    with pytest.raises(RecipeError, match=r"arm 'sft': capture is set, and the teacher is 'none'"):
         load_study(file)
 
 

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from limbeck.errors import RecipeError
 from limbeck.flops import flops_per_token
 from limbeck.recipe import Recipe
+from limbeck.report.collect import TEACHER, TEACHER_OF
+from limbeck.teachers import NoTeacher, Teacher
 from limbeck.training import Train
 
 AGAIN, PLANTED = "-again", "-planted"
@@ -33,6 +35,17 @@ class Arm:
     role: Literal["arm", "again", "planted"] = "arm"
     at_cost_of: list[str] = field(default_factory=list)
     """The arms whose FLOPs it has; none of an arm that the study names."""
+
+
+def named_teachers(arms: Mapping[str, Arm], baseline: str) -> dict[str, str]:
+    """By arm: the name of its teacher. The baseline's is the study's, `teacher`; another is named after the first arm that has it."""
+    names: dict[str, str] = {}
+    known: list[tuple[Teacher, str]] = [(NoTeacher(), TEACHER), (arms[baseline].recipe.teacher, TEACHER)]
+    for arm, its in arms.items():
+        teacher = its.recipe.teacher
+        names[arm] = next((name for other, name in known if other == teacher), TEACHER_OF + arm)
+        known.append((teacher, names[arm]))
+    return names
 
 
 def at_equal_compute(

@@ -31,7 +31,7 @@ from limbeck.log import is_main_process, say
 from limbeck.objectives.base import Needs, needs_of
 from limbeck.recipe import Recipe, check_files, parse_recipe
 from limbeck.report import records
-from limbeck.report.collect import REFERENCES
+from limbeck.report.collect import TEACHER, UNTRAINED, capture_file
 from limbeck.report.records import RunRecord, read_record, write_record
 from limbeck.run import Run, differences, what_is_learned
 from limbeck.study import Study, digest
@@ -59,8 +59,9 @@ class Conduct:
         """Do what is left of the study."""
         ledger = self.ledger
         if ledger.study.capture and not ledger.is_finished:
-            self._capture(world)
-        jobs = [Job(REFERENCES[name], partial(self.refer, name)) for name in ledger.missing_references()]
+            for name in ledger.teachers:
+                self._capture(name, world)
+        jobs = [Job(name, partial(self.refer, name)) for name in ledger.missing_references()]
         while tuning := ledger.tunable():
             self._do([*jobs, *self._jobs(tuning)], tuning, world)
             jobs = []
@@ -99,7 +100,7 @@ class Conduct:
 
         with distributed.world() as world:
             if world.is_main:
-                with self._phase(REFERENCES[name]):
+                with self._phase(name):
                     self._refer(name, world)
             distributed.barrier(world)
         return self.seconds
@@ -148,7 +149,7 @@ class Conduct:
     def _grade_run(self, task: Task, run: Run, world: World) -> None:
         from limbeck.models import load_model, load_tokenizer
 
-        record = replace(records.of_run(run.path, task.arm, task.seed), key=self.ledger.key(task), teacher=self.ledger.teacher_key)
+        record = replace(records.of_run(run.path, task.arm, task.seed), key=self.ledger.key(task), teacher=self.ledger.teacher_key())
         benchmarks = self.ledger.benchmarks(task)
         if benchmarks:
             model = load_model(str(run.student), "float32", None, world.device)
@@ -167,43 +168,49 @@ class Conduct:
         from limbeck.evaluate.runner import evaluate
 
         teacher = parse_recipe(
-            self.ledger.base.to_json() | {"evaluate": [], "objective": [], "train": None, "teacher": self.ledger.teacher}, where="teacher"
+            self.ledger.base.to_json() | {"evaluate": [], "objective": [], "train": None, "teacher": self.ledger.given(TEACHER)},
+            where="teacher",
         ).teacher
         for result in evaluate(benchmarks, Subject(model.eval(), tokenizer, world.device, teacher), out / "evals"):
             Run(out).write_json(f"evals/{result.name}.json", result.to_json())
 
     def _refer(self, name: str, world: World) -> None:
-        """Grade the teacher itself, or the student as it is before the first step, with the arms' benchmarks."""
+        """Grade a teacher itself, or the student as it is before the first step, with the arms' benchmarks."""
         from limbeck.models import load_model, load_tokenizer
         from limbeck.student import build
 
         student, _ = self.ledger.base.for_training()
-        teacher = self.ledger.base.teacher
-        if name == "teacher":
+        if name == UNTRAINED:
+            model = build(student.model_copy(update={"lora": None}), world.device)
+        else:
+            teacher = self.ledger.teachers[name]
             assert isinstance(teacher, ModelTeacher)
             model = load_model(teacher.model, teacher.dtype, teacher.revision, world.device, teacher.load_in)
-        else:
-            model = build(student.model_copy(update={"lora": None}), world.device)
         # prompts are the same for all: those of the student's tokenizer and template
         out = self.path / "references" / name
         self._grade(model, load_tokenizer(student.model, student.revision), self.ledger.base.evaluate, out, world)
         wanted = [benchmark.key for benchmark in self.ledger.base.evaluate]
         evals = {key: result for key, result in Run(out).evals().items() if key in wanted}
-        write_record(self.ledger.reference_file(name), RunRecord(name, 0, {}, {}, {}, {}, [], evals, teacher=self.ledger.teacher_key))
+        write_record(self.ledger.reference_file(name), RunRecord(name, 0, {}, {}, {}, {}, [], evals, teacher=self.ledger.teacher_key()))
 
-    def _capture(self, world: World) -> None:
-        """Walk every source that an arm with a teacher trains on, and keep all blocks that any arm maps. capture.json says what it took."""
+    def _capture(self, name: str, world: World) -> None:
+        """Walk every source that an arm with this teacher trains on, and keep all blocks that any of them maps. A file of results says what
+        it took."""
         from limbeck.capture import capture
 
         spec, here = self.ledger.study.capture, Run(self.ledger.results)
         assert spec is not None
-        asking = [arm.recipe for arm in self.ledger.arms.values() if asks_teacher(arm.recipe)] or [self.ledger.base]
+        those = [arm.recipe for arm in self.ledger.arms.values() if self.ledger.teacher_of[arm.name] == name]
+        asking = [recipe for recipe in those if asks_teacher(recipe)] or ([self.ledger.base] if name == TEACHER else [])
+        if not asking:
+            return
         layers = sorted({layer for recipe in asking for layer in _needs(recipe).layers})
-        about = {"teacher": self.ledger.teacher_key, "layers": layers}
-        folder, took = self.path / "teacher", here.read_json("capture.json", {"seconds": 0.0})
+        about = {"teacher": self.ledger.teacher_key(name), "layers": layers}
+        folder, file = self.path / name, capture_file(name)
+        took = here.read_json(file, {"seconds": 0.0})
         if took.get("about", about) != about:
             if world.is_main and folder.is_dir():
-                aside = self.path / "replaced" / f"teacher-{digest(took['about'])[:8]}"
+                aside = self.path / "replaced" / f"{name}-{digest(took['about'])[:8]}"
                 say(f"{folder}: more or other is asked of the teacher than it holds; this capture is kept in {aside}")
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +221,7 @@ class Conduct:
         if took.get("complete") == digest([list(sources), about]) and folder.is_dir():
             return
         start = time.perf_counter()
-        with self._phase("capture"):
+        with self._phase("capture" if name == TEACHER else f"capture of {name}"):
             try:
                 for recipe in sources.values():
                     tree = recipe.to_json() | {"objective": [], "capture": section, "evaluate": self.ledger.base.to_json()["evaluate"]}
@@ -224,7 +231,7 @@ class Conduct:
             finally:
                 # a capture that was stopped goes on where it was, and so does its clock
                 if world.is_main:
-                    here.write_json("capture.json", took | {"about": about, "seconds": took["seconds"] + time.perf_counter() - start})
+                    here.write_json(file, took | {"about": about, "seconds": took["seconds"] + time.perf_counter() - start})
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

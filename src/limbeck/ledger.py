@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from limbeck import plugins, protocol
-from limbeck.arms import Arm
+from limbeck.arms import Arm, named_teachers
 from limbeck.errors import RunError
 from limbeck.evaluate import Benchmark
 from limbeck.flops import asks_teacher
 from limbeck.recipe import Recipe, parse_recipe
 from limbeck.report import records
-from limbeck.report.collect import REFERENCES
+from limbeck.report.collect import TEACHER, UNTRAINED
 from limbeck.report.records import RunRecord, read_record
 from limbeck.run import Run, what_is_learned
 from limbeck.study import Study, digest
-from limbeck.teachers import ModelTeacher
+from limbeck.teachers import ModelTeacher, Teacher
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Ledger:
         self.study, self.path = study, Path(path)
         self.results = Path(results) if results is not None else self.path
         self.arms: dict[str, Arm] = study.plan()
+        self.teacher_of = named_teachers(self.arms, study.baseline)
+        """By arm, the name of its teacher."""
         self._identities: dict[str, dict[str, Any]] = {}
         self._tried: dict[str, dict[float, dict[str, Any]]] = {}
 
@@ -173,7 +175,7 @@ class Ledger:
         tree = recipe.to_json()
         tree["evaluate"] = [its for its, benchmark in zip(tree["evaluate"], recipe.evaluate, strict=True) if benchmark.key in during]
         if self.study.capture:
-            tree["teacher"] = self.teacher
+            tree["teacher"] = self.given(self.teacher_of[task.arm])
         if parent := self.parent(task):
             tree["student"] = {"model": str(Run(self.path / parent.folder).student)} | (
                 {"lora": tree["student"]["lora"]} if tree["student"].get("lora") else {}
@@ -181,19 +183,24 @@ class Ledger:
         return parse_recipe(tree, where=f"arm {task.arm!r}")
 
     @property
-    def teacher(self) -> dict[str, Any]:
-        """The teacher that arms are given."""
+    def teachers(self) -> dict[str, Teacher]:
+        """By name; the study's is the first."""
+        found = {TEACHER: self.base.teacher}
+        return found | {name: self.arms[arm].recipe.teacher for arm, name in self.teacher_of.items() if name != TEACHER}
+
+    def given(self, name: str) -> dict[str, Any]:
+        """The teacher of that name as arms are given it."""
         if self.study.capture:
-            return {"type": "store", "path": str(self.path / "teacher")}
-        return dict(self.base.teacher.model_dump(mode="json"))
+            return {"type": "store", "path": str(self.path / name)}
+        return dict(self.teachers[name].model_dump(mode="json"))
 
     @property
     def _captured(self) -> dict[str, Any] | None:
         return self.study.capture.model_dump(mode="json", include={"codec", "hidden", "calibrate_on"}) if self.study.capture else None
 
-    @property
-    def teacher_key(self) -> str:
-        return digest([self.base.teacher.model_dump(mode="json"), self._captured])
+    def teacher_key(self, name: str = TEACHER) -> str:
+        """The hash of a teacher, as it was captured. Benchmarks compare with the study's."""
+        return digest([self.teachers[name].model_dump(mode="json"), self._captured])
 
     # what is there
 
@@ -217,7 +224,7 @@ class Ledger:
             benchmark
             for benchmark in benchmarks
             if any(record.evals.get(benchmark.key, {}).get(name) != value for name, value in self._identity(benchmark).items())
-            or (benchmark.needs_teacher and record.teacher != self.teacher_key)
+            or (benchmark.needs_teacher and record.teacher != self.teacher_key())
         ]
 
     def _identity(self, benchmark: Benchmark) -> dict[str, Any]:
@@ -238,18 +245,22 @@ class Ledger:
             return all(self.recorded(task) for task in self.tasks())
         return False
 
+    @property
+    def references(self) -> list[str]:
+        """What is measured beside the arms. A teacher can be where it is a live model."""
+        return [*(name for name, teacher in self.teachers.items() if isinstance(teacher, ModelTeacher)), UNTRAINED]
+
     def reference_file(self, name: str) -> Path:
-        what = self.base.teacher.model_dump(mode="json") if name == "teacher" else self.base.to_json()["student"]
+        what = self.base.to_json()["student"] if name == UNTRAINED else self.teachers[name].model_dump(mode="json")
         return self.results / records.FOLDER / f"reference-{name}-{digest(what)[:12]}.json"
 
     def missing_references(self) -> list[str]:
-        """References of which a result is still to be made. A teacher can be measured where it is a live model."""
+        """References of which a result is still to be made."""
         if not self.study.references or not self.base.evaluate:
             return []
-        names = ["teacher", "untrained"] if isinstance(self.base.teacher, ModelTeacher) else ["untrained"]
         return [
             name
-            for name in names
+            for name in self.references
             if not (file := self.reference_file(name)).is_file() or self.missing(read_record(file), self.base.evaluate)
         ]
 
@@ -263,7 +274,7 @@ class Ledger:
                     arm: {str(task.seed): self.file(task).name for task in tasks if task.arm == arm and self.file(task).is_file()}
                     for arm in self.arms
                 },
-                "references": {name: file.name for name in REFERENCES if (file := self.reference_file(name)).is_file()},
+                "references": {name: file.name for name in self.references if (file := self.reference_file(name)).is_file()},
                 "tuning": {
                     arm: {"tried": {f"{rate:g}": value for rate, value in self.tried(arm).items()}, "chosen": self.rate_of(arm)}
                     for arm in dict.fromkeys(task.arm for task in self.tuning_tasks())

@@ -10,7 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from limbeck.arms import named_teachers
 from limbeck.errors import RunError
+from limbeck.report.collect import TEACHER
 from limbeck.report.records import FOLDER
 from limbeck.run import Run, differences, what_is_run, write_json
 from limbeck.study import Study, digest
@@ -30,6 +32,7 @@ def claim(study: Study, path: Path, results: Path) -> None:
             raise RunError(f"{folder}: exists and is no study's directory; choose another path")
     there = Run(results).read_json(FILE, {})
     plan, declared = study.plan(), declaration(study)
+    teachers = named_teachers(plan, study.baseline)
     tree = {
         "format": "limbeck-study",
         "version": 2,
@@ -39,7 +42,9 @@ def claim(study: Study, path: Path, results: Path) -> None:
         "references": study.references,
         "baseline": study.baseline,
         "arms": {
-            name: {"role": arm.role, "parent": arm.parent, "seeds": arm.seeds} | ({"at_cost_of": arm.at_cost_of} if arm.at_cost_of else {})
+            name: {"role": arm.role, "parent": arm.parent, "seeds": arm.seeds}
+            | ({"at_cost_of": arm.at_cost_of} if arm.at_cost_of else {})
+            | ({"teacher": teachers[name]} if teachers[name] != TEACHER else {})
             for name, arm in plan.items()
         },
         "recipes": {

@@ -22,7 +22,7 @@ from limbeck.evaluate.agreement import Agreement
 from limbeck.evaluate.bits_per_byte import BitsPerByte
 from limbeck.plugins import Extensible
 from limbeck.recipe import Recipe, parse_recipe
-from limbeck.report.collect import REFERENCES
+from limbeck.report.collect import REFERENCES, TEACHER_OF
 from limbeck.spec import Spec, load_yaml, member_of, merge, override, validate
 from limbeck.store import Codec, Exact, HiddenCodec
 from limbeck.teachers import ModelTeacher
@@ -30,9 +30,8 @@ from limbeck.teachers import ModelTeacher
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _OF_THE_STUDY = {
     "seed": "seeds are the study's: set `seeds`",
-    "teacher": "all arms of a study have one teacher: set base.teacher, or make two studies",
     "evaluate": "all arms are measured alike: set base.evaluate",
-    "capture": "the teacher is captured once for all arms: set the study's `capture`",
+    "capture": "a teacher is captured once for all arms: set the study's `capture`",
 }
 TEXT = (Agreement, BitsPerByte)
 """Benchmarks that measure what an arm may have been trained for. They can't decide a study."""
@@ -109,7 +108,7 @@ class Study(Extensible):
     """The recipe that all arms share, or the path of its YAML file, seen from the study's file. Its `seed` and `capture` are not used."""
     arms: dict[str, dict[str, Any]]
     """By name, what an arm changes in the base: mappings are merged, lists and values replaced. `student: {arm: NAME}` starts from the
-    student of another arm, seed by seed."""
+    student of another arm, seed by seed; `teacher: {model: NAME}` learns from another teacher."""
     seeds: list[int] = [0]
     """Every arm is trained with each of these."""
     num_seeds: dict[str, int] = {}
@@ -119,9 +118,9 @@ class Study(Extensible):
     tune: Tuning | None = None
     """How each arm's learning rate is chosen; recipes keep theirs where it is not set."""
     capture: TeacherCapture | None = None
-    """Where it is set (`{}` will do), the teacher scores the data once for all arms; else each arm runs it anew."""
+    """Where it is set (`{}` will do), a teacher scores the data once for all arms that have it; else each arm runs it anew."""
     references: bool = True
-    """Also measure the teacher itself and the student before training."""
+    """Also measure the teachers themselves and the student before training."""
 
     @field_validator("name")
     @classmethod
@@ -136,8 +135,8 @@ class Study(Extensible):
         if not arms:
             raise ValueError("found no arm, expected at least one, such as {sft: {objective: [{type: ce}]}}")
         for arm, changes in arms.items():
-            if not _SAFE_NAME.fullmatch(arm) or arm in REFERENCES.values():
-                taken = " and ".join(REFERENCES.values())
+            if not _SAFE_NAME.fullmatch(arm) or arm in REFERENCES or arm.startswith(TEACHER_OF):
+                taken = " and ".join((*REFERENCES, TEACHER_OF + "..."))
                 raise ValueError(
                     f"found arm {arm!r}, expected a file name of letters, digits, dot, dash and underscore, other than {taken}"
                 )
@@ -255,7 +254,7 @@ class Study(Extensible):
         if self.capture and not isinstance(recipe.teacher, ModelTeacher):
             found = recipe.teacher.type
             raise RecipeError(
-                f"{where}: capture is set, and base.teacher is {found!r}; expected {{type: model, model: NAME}}, or no capture"
+                f"{where}: arm {arm!r}: capture is set, and the teacher is {found!r}; expected {{type: model, model: NAME}}, or no capture"
             )
         return recipe
 

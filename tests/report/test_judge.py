@@ -116,6 +116,18 @@ def test_a_lead_is_found_and_the_study_checks_out(tmp_path):
     assert json.loads(json.dumps(its.to_json()))["comparisons"][0]["outcome"] == "BEATS"
 
 
+def test_the_gap_of_an_arm_is_to_its_own_teacher(tmp_path):
+    path = study(tmp_path / "s", SOUND)
+    tree = json.loads((path / "study.json").read_text())
+    tree["arms"]["logits"]["teacher"] = "teacher-of-logits"
+    fake.write_json(path / "study.json", tree)
+    assert judge(collect(path)).gaps == {}, "not measured"
+    fake.write_json(path / "references" / "teacher-of-logits" / "evals" / "sums.json", result(0.75, 0, key="own"))
+    gaps = judge(collect(path)).gaps
+    assert set(gaps) == {"logits"} and 0.8 < gaps["logits"].value < 1.2
+    assert [name for name, _ in collect(path).models()][:3] == ["teacher", "teacher-of-logits", "untrained"]
+
+
 @pytest.mark.parametrize(
     ("changes", "state"),
     [({"sft-again": 0.8}, "void"), ({"sft-again": 0.1}, "void"), ({"sft-planted": 0.45}, "powerless"), ({"sft-planted": 0.8}, "powerless")],

@@ -3,12 +3,13 @@
 study.json     name, question, seeds, protocol, every arm's resolved recipe, and an index of records
 records/       finished runs and references                    arms/ARM/seed-N/   runs without a record
 capture.json   what the capture took                           references/NAME/   the same of references
+capture-NAME.json   the same of a teacher that some arms have for themselves
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,16 @@ from limbeck.run import Run
 TEACHER_NLL = "teacher_nll"
 """A metric that says nothing of the model that was graded: it is kept for the comparison with the teacher, and out of the tables."""
 
-REFERENCES = {"teacher": "teacher", "untrained": "untrained"}
-"""Rows that are no arms: folder below `references/`, and label."""
+TEACHER, UNTRAINED = "teacher", "untrained"
+TEACHER_OF = "teacher-of-"
+"""Before an arm's name: a teacher that it has for itself."""
+REFERENCES = (TEACHER, UNTRAINED)
+"""Rows that are no arms, in every study; a study with several teachers has one more for each, behind the first."""
+
+
+def capture_file(teacher: str) -> str:
+    """Where it is told what the capture of a teacher took."""
+    return "capture.json" if teacher == TEACHER else f"capture-{teacher}.json"
 
 
 @dataclass(frozen=True)
@@ -36,9 +45,10 @@ class Evidence:
     recipes: dict[str, dict[str, Any]]
     arms: dict[str, list[RunRecord]]
     references: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    capture: dict[str, Any] | None = None
+    captures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By teacher: what its capture took."""
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By arm: its `role` (arm, again, planted), `parent` and `seeds`."""
+    """By arm: its `role` (arm, again, planted), `parent` and `seeds`, and where it has one of its own, its `teacher`."""
     first: str | None = None
     """The baseline that the study declares."""
     protocol: dict[str, Any] = field(default_factory=dict)
@@ -56,6 +66,15 @@ class Evidence:
     def of_role(self, role: str) -> str | None:
         """The arm of a role: the control `again` or `planted`."""
         return next((arm for arm, about in self.about.items() if about.get("role") == role), None)
+
+    def teacher_of(self, arm: str) -> str:
+        """The name of an arm's teacher among the references."""
+        return str(self.about.get(arm, {}).get("teacher", TEACHER))
+
+    @property
+    def teachers(self) -> list[str]:
+        """The study's teacher, and those that arms have for themselves."""
+        return list(dict.fromkeys([TEACHER, *map(self.teacher_of, self.recipes)]))
 
     @property
     def finished(self) -> dict[str, list[RunRecord]]:
@@ -101,9 +120,9 @@ class Evidence:
 
     def models(self) -> Iterator[tuple[str, list[dict[str, dict[str, Any]]]]]:
         """(label, evals per seed) of everything that was measured: references first, then arms."""
-        for name, label in REFERENCES.items():
-            if self.references.get(name):
-                yield label, [self.references[name]]
+        for name, evals in self.references.items():
+            if evals:
+                yield name, [evals]
         for arm, runs in self.finished.items():
             if any(run.evals for run in runs):
                 yield arm, [run.evals for run in runs]
@@ -154,7 +173,7 @@ def _study(here: Run) -> Evidence:
         recorded = index.get("arms", {}).get(arm, {})
         found = [_run_of(here.path, arm, seed, recorded.get(str(seed))) for seed in about.get(arm, {}).get("seeds", study["seeds"])]
         arms[arm] = [record for record in found if record is not None]
-    return Evidence(
+    evidence = Evidence(
         path=here.path,
         is_study=True,
         name=study["name"],
@@ -162,14 +181,14 @@ def _study(here: Run) -> Evidence:
         seeds=study["seeds"],
         recipes=study["recipes"],
         arms=arms,
-        references=_references(here, index) if study.get("references") else {},
-        capture=here.read_json("capture.json", {}) or None,
         about=about,
         first=study.get("baseline"),
         protocol=study.get("protocol", {}),
         amendments=study.get("amendments", []),
         tuning=index.get("tuning", {}),
     )
+    captures = {name: took for name in evidence.teachers if (took := here.read_json(capture_file(name), {}))}
+    return replace(evidence, captures=captures, references=_references(here, index, evidence.teachers) if study.get("references") else {})
 
 
 def _run_of(path: Path, arm: str, seed: int, recorded: str | None) -> RunRecord | None:
@@ -180,9 +199,9 @@ def _run_of(path: Path, arm: str, seed: int, recorded: str | None) -> RunRecord 
     return of_run(folder, arm, seed) if (folder / "recipe.json").is_file() else None
 
 
-def _references(here: Run, index: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+def _references(here: Run, index: dict[str, Any], teachers: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
     found = {}
-    for name in REFERENCES:
+    for name in (*teachers, UNTRAINED):
         recorded, folder = index.get("references", {}).get(name), Run(here.path / "references" / name)
         file = here.path / FOLDER / Path(recorded).name if recorded else None
         found[name] = read_record(file).evals if file and file.is_file() else checked(folder.evals(), folder.path / "evals")

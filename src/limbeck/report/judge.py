@@ -76,9 +76,11 @@ def judge(evidence: Evidence) -> Judgement | None:
         return verdicts({role: its}, margin, alpha)[role] if its.ours else None
 
     found = verdicts({name: matched[pair] for name, pair in ready.items()}, margin, alpha) if ready else {}
-    teacher = item_pairs(evidence.references.get("teacher", {}), benchmark, metric)
     gaps = {}
-    for arm in runs if teacher else ():
+    for arm in runs:
+        teacher = item_pairs(evidence.references.get(evidence.teacher_of(arm), {}), benchmark, metric)
+        if not teacher:
+            continue
         its = _matched(runs[arm], runs.get(baseline, {}), up)
         if its.ours and its.is_paired and arm != baseline and evidence.about.get(arm, {}).get("role", "arm") == "arm":
             gaps[arm] = gap_recovered(its.ours, its.theirs, teacher, up, alpha)

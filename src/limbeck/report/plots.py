@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from limbeck.report.collect import REFERENCES, Evidence
+from limbeck.report.collect import Evidence
 from limbeck.report.judge import Judgement
 from limbeck.report.records import RunRecord
 from limbeck.report.summary import score, total_flops
@@ -246,7 +246,7 @@ FIXED = {"total": INK, "teacher NLL": MUTED}
 
 def arm_colours(evidence: Evidence) -> dict[str, str]:
     """A colour per arm; references have none."""
-    return {arm: SERIES[i % len(SERIES)] for i, arm in enumerate(evidence.recipes) if arm not in REFERENCES.values()}
+    return {arm: SERIES[i % len(SERIES)] for i, arm in enumerate(evidence.recipes)}
 
 
 def _curves(runs: Sequence[RunRecord]) -> dict[str, list[list[tuple[int, float]]]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from limbeck.report.collect import TEACHER_NLL, Evidence, item_pairs
+from limbeck.report.collect import TEACHER, TEACHER_NLL, Evidence, item_pairs
 from limbeck.report.records import RunRecord
 from limbeck.report.stats import mean_over_seeds, paired_difference, ratio, spread
 
@@ -78,6 +78,7 @@ class Headroom:
     where: str
     teacher: float
     students: dict[str, float]
+    name: str = TEACHER
 
     @property
     def nearest(self) -> str:
@@ -281,13 +282,16 @@ def _training_headroom(evidence: Evidence) -> list[Headroom]:
         return []
     num_steps = max(min(len(run.metrics) for run in runs) // 4, 1)
     students = {run.arm: [_last(other, "loss/ce", num_steps) for other in learned if other.arm == run.arm] for run in learned}
-    teacher = [_last(run, TEACHER_NLL, num_steps) for run in told]
+    teachers = {
+        name: [_last(run, TEACHER_NLL, num_steps) for run in told if evidence.teacher_of(run.arm) == name] for name in evidence.teachers
+    }
     last = told[0].metrics[-num_steps:]
     span = last[-1]["step"] - last[0]["step"] + 1  # records keep the rows of some steps
     where = (
         "In the last training step" if span == 1 else f"In {f'{num_steps} of ' if span > num_steps else ''}the last {span} training steps"
     )
-    return [Headroom(where, spread(teacher).mean, {arm: spread(values).mean for arm, values in students.items()})]
+    means = {arm: spread(values).mean for arm, values in students.items()}
+    return [Headroom(where, spread(values).mean, means, name) for name, values in teachers.items() if values]
 
 
 def _last(run: RunRecord, key: str, num_steps: int) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from limbeck.report.collect import REFERENCES, Evidence, objective_text
+from limbeck.report.collect import TEACHER, UNTRAINED, Evidence, objective_text
 from limbeck.report.stats import spread
 from limbeck.report.summary import BUDGETS, Budget, Difference, Score, cost, evaluation_seconds, score
 
@@ -89,7 +89,7 @@ def quality(evidence: Evidence) -> Table:
             label,
             [score_cell(scores[label, b, m], [scores[other, b, m] for other, _ in models]) for b, m, _ in metrics],
             _about(evidence, label),
-            label in REFERENCES.values(),
+            label not in evidence.recipes,
         )
         for label, per_seed in models
     ]
@@ -103,9 +103,12 @@ def _about(evidence: Evidence, label: str) -> str:
     """A line about a model: an arm's objective, or what a reference is."""
     if label in evidence.recipes:
         return objective_text(evidence.recipes[label])
-    teacher = next(iter(evidence.recipes.values())).get("teacher", {})
-    name = str(teacher.get("model", "")).rstrip("/").rpartition("/")[2]
-    return name if label == REFERENCES["teacher"] else "the student before its first step"
+    if label == UNTRAINED:
+        return "the student before its first step"
+    theirs: dict[str, Any] = next(
+        (recipe.get("teacher", {}) for arm, recipe in evidence.recipes.items() if evidence.teacher_of(arm) == label), {}
+    )
+    return str(theirs.get("model", "")).rstrip("/").rpartition("/")[2]
 
 
 def _metric_column(benchmark: str, metric: str, example: dict[str, Any]) -> Column:
@@ -201,12 +204,13 @@ def costs(evidence: Evidence) -> Table:
 
 
 def _capture_sentence(evidence: Evidence) -> str:
-    if not (took := evidence.capture):
-        return ""
-    return (
-        f"The teacher scored {took['num_scored']:,} tokens of {took['num_samples']:,} conversations once, for all arms: "
-        f"{took['seconds']:.1f} s, {took['num_bytes'] / 2**20:,.1f} MB on disk. Its share above is the reading of that."
-    )
+    sentences = [
+        f"{'The teacher' if name == TEACHER else name} scored {took['num_scored']:,} tokens of {took['num_samples']:,} conversations once, "
+        f"for all arms{'' if len(evidence.captures) == 1 else ' that have it'}: {took['seconds']:.1f} s, "
+        f"{took['num_bytes'] / 2**20:,.1f} MB on disk."
+        for name, took in evidence.captures.items()
+    ]
+    return " ".join([*sentences, "Its share above is the reading of that."]) if sentences else ""
 
 
 def _number(value: float | None, decimals: int = 1) -> Cell:

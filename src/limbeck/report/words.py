@@ -162,7 +162,7 @@ def headroom_sentences(found: Sequence[Headroom]) -> list[str]:
     if not found:
         return []
     measured = [
-        f"{its.where}, teacher {its.teacher:.2f}; {', '.join(f'{arm} {value:.2f}' for arm, value in its.students.items())}."
+        f"{its.where}, {its.name} {its.teacher:.2f}; {', '.join(f'{arm} {value:.2f}' for arm, value in its.students.items())}."
         for its in found
     ]
     verdict = (

@@ -29,12 +29,7 @@ def arrow_rows(path: Path) -> Iterator[dict[str, Any]]:
                 source.seek(0)
                 batches = ipc.open_stream(source)
             yield from _rows(batches)
-    except (
-        pa.ArrowException,
-        EOFError,
-        ValueError,
-        OverflowError,
-    ) as error:  # values that Python has not: text that is no UTF-8, the year 0
+    except (pa.ArrowException, EOFError, ValueError, OverflowError) as error:  # also text that is no UTF-8, and years that Python has not
         raise DataError(f"{path}: not readable as {path.suffix[1:].capitalize()}: {' '.join(str(error).split())[:200]}") from None
 
 
