@@ -69,6 +69,12 @@ def test_write_json_makes_folders_and_can_be_read(tmp_path):
     assert "é 天" in (run.path / "evals" / "agreement.json").read_text(encoding="utf-8")
 
 
+def test_half_a_surrogate_pair_is_escaped(tmp_path):
+    write_json(tmp_path / "run.json", {"text": "é \ud83d"})
+    assert "é \\ud83d" in (tmp_path / "run.json").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8")) == {"text": "é \ud83d"}
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, object()])
 def test_what_json_cannot_say_is_refused_and_the_old_file_stays(tmp_path, value):
     file = tmp_path / "run.json"

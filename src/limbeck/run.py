@@ -105,9 +105,9 @@ def _refuse_constant(name: str) -> None:
 
 
 def write_json(file: Path, value: Any, indent: int | None = 2) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one, also after a crash."""
+    """Write JSON so that a reader sees the old file or the whole new one, also after a crash. Half of a surrogate pair is escaped."""
     try:
-        with appearing(file) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        with appearing(file) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as stream:
             json.dump(value, stream, indent=indent, ensure_ascii=False, allow_nan=False)
             stream.write("\n")
     except OSError as error:

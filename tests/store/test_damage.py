@@ -169,6 +169,22 @@ def test_a_teacher_in_a_type_that_does_not_exist(store):
         read_manifest(store)
 
 
+def test_states_of_no_shape(store):
+    tree = json.loads((store / "manifest.json").read_text())
+    tree["teacher"]["width"] = None
+    (store / "manifest.json").write_text(json.dumps(tree))
+    with pytest.raises(StoreError, match=r"manifest\.json: .*teacher: found no dtype, width or num_layers"):
+        read_manifest(store)
+
+
+def test_states_of_another_shape(store, data, tokenizer):
+    tree = json.loads((store / "manifest.json").read_text())
+    tree["teacher"]["width"] = 47
+    (store / "manifest.json").write_text(json.dumps(tree))
+    with pytest.raises(StoreError, match=r"its shards hold something else than its manifest says \(cannot reshape"):
+        read_all(store, data, tokenizer)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"null"])
 def test_a_broken_manifest(store, content):
     (store / "manifest.json").write_bytes(content)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from limbeck.errors import RecipeError, StoreError
 from limbeck.run import write_json
@@ -129,6 +129,12 @@ class Manifest(Spec):
     passes: tuple[Pass, ...] = ()
     shards: tuple[Shard, ...] = ()
     packages: dict[str, str]
+
+    @model_validator(mode="after")
+    def _states_have_a_shape(self) -> Manifest:
+        if self.layers and None in (self.teacher.dtype, self.teacher.width, self.teacher.num_layers):
+            raise ValueError("teacher: found no dtype, width or num_layers, expected them where hidden states are kept (`layers`)")
+        return self
 
     @property
     def num_samples(self) -> int:

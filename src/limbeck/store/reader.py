@@ -6,8 +6,9 @@ Who knows which batches come next says so (`expect`), and a thread reads and dec
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -149,10 +150,10 @@ class StoreReader:
         cells = self._cells([entry for entry, _ in found], names)
         rows = [each for _, each in found]
         head = self.head() if needs.output else None
-        signal = (
-            self.manifest.codec.decode(head, self._model, [cell["output"] or b"" for cell in cells], rows) if needs.output else Signal()
-        )
-        log_probs = [from_bytes(cell["observed"] or b"", torch.float16, 1, row)[:, 0] for cell, row in zip(cells, rows, strict=True)]
+        blobs = [cell["output"] or b"" for cell in cells] if needs.output else []
+        with self._as_told():
+            signal = self.manifest.codec.decode(head, self._model, blobs, rows) if needs.output else Signal()
+            log_probs = [from_bytes(cell["observed"] or b"", torch.float16, 1, row)[:, 0] for cell, row in zip(cells, rows, strict=True)]
         return replace(
             signal,
             observed=torch.cat([torch.zeros(0, dtype=torch.float16), *log_probs]).float(),
@@ -168,12 +169,21 @@ class StoreReader:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[teacher.dtype]
         found = {}
         for layer in layers:
-            parts = [
-                codec.decode(self._hidden_models[layer], cell[hidden_column(layer)] or b"", segment.offsets, teacher.width)
-                for cell, segment in zip(cells, segments, strict=True)
-            ]
+            with self._as_told():
+                parts = [
+                    codec.decode(self._hidden_models[layer], cell[hidden_column(layer)] or b"", segment.offsets, teacher.width)
+                    for cell, segment in zip(cells, segments, strict=True)
+                ]
             found[layer] = torch.cat([torch.zeros(0, teacher.width, dtype=dtype), *(part.to(dtype) for part in parts)])
         return found
+
+    @contextmanager
+    def _as_told(self) -> Iterator[None]:
+        """What lies in shards whose checksums are right has other sizes where the manifest was altered."""
+        try:
+            yield
+        except (ValueError, IndexError, KeyError, RuntimeError) as error:
+            raise StoreError(f"store {str(self.place)!r}: its shards hold something else than its manifest says ({error})") from error
 
     def _scored(self, segment: _Segment, name: str) -> tuple[Entry, np.ndarray]:
         """An entry that holds all of a segment's scored tokens, and their rows in it."""
