@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from limbeck.errors import RunError
 from limbeck.report import plots, summary, tables, verdict_words, words
-from limbeck.report.collect import TEACHER, Evidence, collect
+from limbeck.report.collect import Evidence, collect
 from limbeck.report.judge import Judgement, forgotten, judge
 from limbeck.report.plots import Plot
 from limbeck.report.tables import Table, escape_markdown, to_markdown
@@ -230,7 +230,6 @@ def to_json(evidence: Evidence) -> dict[str, Any]:
         "differences": [asdict(difference) for difference in differences],
         "costs": {arm: summary.cost(runs) for arm, runs in evidence.finished.items()},
         "equal_compute": [asdict(its) for its in summary.equal_compute(evidence)],
-        "capture": evidence.captures.get(TEACHER),
         "captures": evidence.captures,
         **({"chosen": chosen} if (chosen := summary.chosen(evidence)) else {}),
         "budgets": {
