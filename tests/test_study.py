@@ -606,6 +606,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         "arm 'fast': train.step: unknown key; did you mean 'steps'",
     ),
     "term of an arm": ({"arms": {"x": {"objective": [{"type": "logit"}]}}}, "arm 'x': .*did you mean 'logits'"),
+    "arm with an empty objective": ({"arms": {"idle": {"objective": None}}}, "arm 'idle': objective"),
     "arm without objective": ({"arms": {"idle": {}}}, "arm 'idle': objective: missing"),
     "arm named like a path": ({"arms": {"../x": ARMS["sft"]}}, "found arm '../x', expected a file name"),
     "arm named like a reference": ({"arms": {"teacher": ARMS["sft"]}}, "found arm 'teacher'"),

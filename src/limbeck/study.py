@@ -198,11 +198,7 @@ class Study(Extensible):
         """The arm that others are compared with: as declared, or the first of cross-entropy alone, or the first."""
         if self.primary and self.primary.baseline:
             return self.primary.baseline
-        plain = [
-            arm
-            for arm, changes in self.arms.items()
-            if _parent(changes) is None and [term.get("type") for term in changes.get("objective", []) if isinstance(term, dict)] == ["ce"]
-        ]
+        plain = [arm for arm, changes in self.arms.items() if _parent(changes) is None and _terms(changes) == ["ce"]]
         return (plain or list(self.arms))[0]
 
     @property
@@ -337,6 +333,11 @@ def digest(value: Any) -> str:
 def _parent(changes: Mapping[str, Any]) -> str | None:
     student = changes.get("student")
     return student.get("arm") if isinstance(student, dict) else None
+
+
+def _terms(changes: Mapping[str, Any]) -> list[Any]:
+    objective = changes.get("objective")
+    return [term.get("type") for term in objective if isinstance(term, dict)] if isinstance(objective, list) else []
 
 
 def _cases(benchmark: Benchmark) -> Any:
