@@ -154,7 +154,7 @@ def test_arms_with_another_teacher(make_study, make_model_dir, finished, tmp_pat
         took = [json.loads((tmp_path / "s" / file).read_text()) for file in ("capture.json", f"capture-{own}.json")]
         assert took[0]["about"]["teacher"] != took[1]["about"]["teacher"] and all(its["complete"] for its in took)
         page = Path(figures["report"]["markdown"]).read_text()
-        assert f"{own} scored" in page and "for all arms that have it" in page
+        assert f"{own} scored" in page and "for all arms that have it" in page and f"from {other.name}" in page
         keys = {arm: Ledger(make_study(), tmp_path / "t").key(Task(arm, 0)) for arm in ("sft", "logits")}
         ours = Ledger(study, tmp_path / "s")
         assert {arm: ours.key(Task(arm, 0)) for arm in keys} == keys, "other arms keep their records"

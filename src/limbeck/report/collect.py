@@ -76,6 +76,11 @@ class Evidence:
         """The study's teacher, and those that arms have for themselves."""
         return list(dict.fromkeys([TEACHER, *map(self.teacher_of, self.recipes)]))
 
+    def method(self, arm: str) -> str:
+        """What an arm optimises, and from which teacher where that is its own."""
+        text, its = objective_text(self.recipes[arm]), self.recipes[arm].get("teacher", {})
+        return text if self.teacher_of(arm) == TEACHER else f"{text} from {model_name(its.get('model') or its.get('type', ''))}"
+
     @property
     def finished(self) -> dict[str, list[RunRecord]]:
         """Finished runs by arm; an arm without one is left out."""
@@ -225,6 +230,12 @@ def objective_text(recipe: dict[str, Any]) -> str:
         weight = "" if term.get("weight", 1.0) == 1.0 else f"{_amount(term['weight'])} "
         parts.append(f"{weight}{term['type']}" + (f" ({', '.join(details)})" if details else ""))
     return " + ".join(parts) or "none"
+
+
+def model_name(model: str) -> str:
+    """The last part of a hub name or folder; of a run's `student`, the run as well."""
+    parts = model.rstrip("/").split("/")
+    return "/".join(parts[-2:] if parts[-1] == "student" else parts[-1:])
 
 
 def _amount(value: Any) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from limbeck.report.collect import TEACHER, UNTRAINED, Evidence, objective_text
+from limbeck.report.collect import TEACHER, UNTRAINED, Evidence, model_name, objective_text
 from limbeck.report.stats import spread
 from limbeck.report.summary import BUDGETS, Budget, Difference, Score, cost, evaluation_seconds, score
 
@@ -102,13 +102,13 @@ def quality(evidence: Evidence) -> Table:
 def _about(evidence: Evidence, label: str) -> str:
     """A line about a model: an arm's objective, or what a reference is."""
     if label in evidence.recipes:
-        return objective_text(evidence.recipes[label])
+        return evidence.method(label)
     if label == UNTRAINED:
         return "the student before its first step"
     theirs: dict[str, Any] = next(
         (recipe.get("teacher", {}) for arm, recipe in evidence.recipes.items() if evidence.teacher_of(arm) == label), {}
     )
-    return str(theirs.get("model", "")).rstrip("/").rpartition("/")[2]
+    return model_name(str(theirs.get("model", "")))
 
 
 def _metric_column(benchmark: str, metric: str, example: dict[str, Any]) -> Column:

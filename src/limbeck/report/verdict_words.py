@@ -239,8 +239,8 @@ def doubts(evidence: Evidence, judged: Judgement) -> list[str]:
         found.append("Arms have different numbers of seeds: a comparison uses the first seeds that both have.")
     models = {str(recipe.get("student", {}).get("model")) for recipe in evidence.recipes.values()}
     found.append(
-        f"One pair of models, one data set and one budget: verdicts hold for {listing(sorted(models))} trained like this on such items, "
-        f"of which {num_items} were asked."
+        f"One {'pair of models' if len(evidence.teachers) == 1 else 'student'}, one data set and one budget: verdicts hold for "
+        f"{listing(sorted(models))} trained like this on such items, of which {num_items} were asked."
     )
     if evidence.amendments:
         found.append("What decides was changed after runs had been made; a reader may want the first declaration’s outcome.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from limbeck.report.collect import Evidence, objective_text, terms
+from limbeck.report.collect import Evidence, terms
 from limbeck.report.summary import BUDGETS, Budget, Difference, Headroom, chosen, score
 from limbeck.report.tables import Numbers, metric_name, words
 
@@ -14,7 +14,7 @@ OPTIMISED = {"ce": "the likelihood of the data’s tokens", "logits": "closeness
 
 def comparison(evidence: Evidence) -> str:
     """What was compared, in a sentence."""
-    arms = [f"{arm} ({objective_text(recipe)})" for arm, recipe in evidence.recipes.items()]
+    arms = [f"{arm} ({evidence.method(arm)})" for arm in evidence.recipes]
     if not evidence.is_study:
         return f"One run: {arms[0]}, seed {evidence.seeds[0]}."
     tokens = [run.totals["tokens"] for runs in evidence.finished.values() for run in runs if "tokens" in run.totals]
