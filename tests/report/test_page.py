@@ -186,6 +186,16 @@ def test_headroom_says_when_the_teacher_has_nothing_to_give(tmp_path):
     assert "distillation is not expected to beat fine-tuning" in markdown and "something to learn" not in markdown
 
 
+@pytest.mark.parametrize("other", [{"source": {"type": "dataset", "data": "other"}}, {"train": {"steps": 3}}])
+def test_headroom_in_training_is_over_the_same_tokens(tmp_path, other):
+    """The last steps of an arm that sees other batches are no match for the teacher's."""
+    path = fake.study(tmp_path / "s")
+    tree = json.loads((path / "study.json").read_text())
+    tree["recipes"]["hidden"] |= other
+    fake.write_json(path / "study.json", tree)
+    assert list(read(path)[2]["headroom"][0]["students"]) == ["sft", "logits"]
+
+
 def test_steps_that_a_record_left_out_are_not_counted_as_there(tmp_path):
     path = fake.study(tmp_path / "s")
     for file in path.glob("arms/*/*/metrics.jsonl"):

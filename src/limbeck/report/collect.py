@@ -118,6 +118,19 @@ class Evidence:
                 found[arm] = keys
         return found
 
+    @property
+    def in_step(self) -> list[str]:
+        """Arms that see the baseline's batches, step by step: its data, batch size and length, and for one seed its order."""
+        keys = ("steps", "epochs", "batch_size")
+        base = self.recipes[self.baseline or next(iter(self.recipes))]
+        return [
+            arm
+            for arm, recipe in self.recipes.items()
+            if recipe.get("source") == base.get("source")
+            and all(_at(recipe, "train", key) == _at(base, "train", key) for key in keys)
+            and self.about.get(arm, {}).get("role") != "again"
+        ]
+
     def is_text(self, benchmark: str) -> bool:
         """Whether a benchmark measures likeness on held-out text, which is near what arms optimise, and no task."""
         types = {b.get("name") or b["type"]: b["type"] for recipe in self.recipes.values() for b in recipe.get("evaluate", [])}

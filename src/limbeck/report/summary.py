@@ -275,7 +275,7 @@ def _heldout_headroom(evidence: Evidence) -> list[Headroom]:
 
 
 def _training_headroom(evidence: Evidence) -> list[Headroom]:
-    runs = [run for runs in evidence.finished.values() for run in runs if run.metrics]
+    runs = [run for arm in evidence.in_step for run in evidence.finished.get(arm, []) if run.metrics]
     told = [run for run in runs if TEACHER_NLL in run.metrics[-1]]
     learned = [run for run in runs if "loss/ce" in run.metrics[-1]]
     if not told or not learned:
