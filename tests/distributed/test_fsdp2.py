@@ -149,7 +149,7 @@ def two(base: dict[str, Any], recipes: dict[str, dict[str, Any]], alone: limbeck
         capture_output=True,
         text=True,
         timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(json.loads((folder / "found.json").read_text()))
