@@ -13,6 +13,7 @@ import yaml
 from helpers import write_jsonl
 from limbeck.cli import main
 from limbeck.conduct import run_study
+from limbeck.errors import RecipeError
 from limbeck.forecast import forecast
 from limbeck.plan import fit
 from limbeck.plan.work import SLACK_MB
@@ -39,6 +40,12 @@ def test_nothing_is_sought_that_a_forecast_does_not_show(study, tmp_path, monkey
     monkeypatch.setattr(importlib.import_module("limbeck.plan"), "_machine", lambda processes: 1.0)
     monkeypatch.setattr(fit, "cheapest", lambda *_: pytest.fail("what would fit takes minutes to find for a large model"))
     assert forecast(Study.model_validate(study), tmp_path / "s")["num_runs"] == 3
+
+
+def test_what_cannot_be_read_is_named_with_its_arm(study, tmp_path):
+    arms = study["arms"] | {"other": study["arms"]["sft"] | {"source": {"data": str(tmp_path / "nowhere.jsonl")}}}
+    with pytest.raises(RecipeError, match=r"arm 'other': data .*nowhere\.jsonl"):
+        forecast(Study.model_validate(study | {"arms": arms}), tmp_path / "s")
 
 
 def test_counts_are_those_of_the_runs(study, tmp_path):

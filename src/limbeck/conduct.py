@@ -252,12 +252,7 @@ def run_study(study: Study, path: Path | str, results: Path | str | None = None,
     """
     ledger = Ledger(study, path, results)
     conduct = Conduct(ledger, executor)
-    for number, (arm, its) in enumerate(ledger.arms.items()):
-        # the benchmarks are the same for all, and checking one may mean making its cases
-        if problems := check_files(its.recipe if number == 0 else its.recipe.model_copy(update={"evaluate": []})):
-            raise RecipeError(f"arm {arm!r}: {'; '.join(dict.fromkeys(problems))}")
-    if study.tune:
-        study.tune.evaluate.check()
+    require_files(ledger)
     if is_main_process():
         protocol.claim(study, ledger.path, ledger.results)
     if not ledger.is_finished:
@@ -269,6 +264,16 @@ def run_study(study: Study, path: Path | str, results: Path | str | None = None,
         return {}
     ledger.index()
     return _report(conduct)
+
+
+def require_files(ledger: Ledger) -> None:
+    """RecipeError, with the arm, where data or a benchmark's cases cannot be read."""
+    for number, (arm, its) in enumerate(ledger.arms.items()):
+        # the benchmarks are the same for all, and checking one may mean making its cases
+        if problems := check_files(its.recipe if number == 0 else its.recipe.model_copy(update={"evaluate": []})):
+            raise RecipeError(f"arm {arm!r}: {'; '.join(dict.fromkeys(problems))}")
+    if ledger.study.tune:
+        ledger.study.tune.evaluate.check()
 
 
 def _needs(recipe: Recipe) -> Needs:
