@@ -122,6 +122,12 @@ def test_the_gap_of_an_arm_is_to_its_own_teacher(tmp_path):
     tree["arms"]["logits"]["teacher"] = "teacher-of-logits"
     fake.write_json(path / "study.json", tree)
     assert judge(collect(path)).gaps == {}, "not measured"
+    for elsewhere in ("teacher-of-/../../other", "../other", ["x"], 7):
+        tree["arms"]["logits"]["teacher"] = elsewhere
+        fake.write_json(path / "study.json", tree)
+        assert collect(path).teachers == ["teacher"], "names of files do not lead out of the study"
+    tree["arms"]["logits"]["teacher"] = "teacher-of-logits"
+    fake.write_json(path / "study.json", tree)
     fake.write_json(path / "references" / "teacher-of-logits" / "evals" / "sums.json", result(0.75, 0, key="own"))
     gaps = judge(collect(path)).gaps
     assert set(gaps) == {"logits"} and 0.8 < gaps["logits"].value < 1.2

@@ -68,8 +68,9 @@ class Evidence:
         return next((arm for arm, about in self.about.items() if about.get("role") == role), None)
 
     def teacher_of(self, arm: str) -> str:
-        """The name of an arm's teacher among the references."""
-        return str(self.about.get(arm, {}).get("teacher", TEACHER))
+        """The name of an arm's teacher among the references. It names files too, so it leads nowhere else."""
+        name = str(self.about.get(arm, {}).get("teacher", TEACHER))
+        return name if name.startswith(TEACHER_OF) and Path(name).name == name else TEACHER
 
     @property
     def teachers(self) -> list[str]:
