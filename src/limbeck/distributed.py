@@ -37,7 +37,9 @@ PATIENCE = timedelta(days=1)
 """Rank 0 grades alone, and captures end at different times."""
 
 _control: Any = None
-"""A group of CPU connections, for what must not make an accelerator wait."""
+"""A group of CPU connections, for what must not make an accelerator wait, and waits for one that is at work alone."""
+_prompt: Any = None
+"""The same for what all are asked within a step: who does not answer in time hangs."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def world() -> Iterator[World]:
     if size == 1 and not dist.is_initialized():
         yield World(device=device)
         return
-    global _control
+    global _control, _prompt
     started_here = not dist.is_initialized()
     if started_here:
         if cuda:
@@ -74,6 +76,7 @@ def world() -> Iterator[World]:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=_timeout())
     if started_here or _control is None:
         _control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _prompt = dist.new_group(backend="gloo", timeout=_timeout())
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     except RuntimeError as error:
@@ -87,7 +90,7 @@ def world() -> Iterator[World]:
     finally:
         if started_here:
             dist.destroy_process_group()
-            _control = None
+            _control = _prompt = None
 
 
 def _timeout() -> timedelta:
@@ -294,11 +297,11 @@ def of_all(value: T, world: World) -> list[T]:
 
 
 def any_rank(here: bool, world: World) -> bool:
-    """Whether it is so on any rank; all of them get the same answer."""
+    """Whether it is so on any rank; all of them get the same answer, in the time that a step may take."""
     if world.size == 1:
         return here
     found = torch.tensor(here, dtype=torch.uint8)
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=_control)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_prompt)
     return bool(found)
 
 
