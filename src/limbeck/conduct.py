@@ -252,7 +252,7 @@ def run_study(study: Study, path: Path | str, results: Path | str | None = None,
     """
     ledger = Ledger(study, path, results)
     conduct = Conduct(ledger, executor)
-    require_files(ledger)
+    require_files_of_arms(ledger)
     if is_main_process():
         protocol.claim(study, ledger.path, ledger.results)
     if not ledger.is_finished:
@@ -266,7 +266,7 @@ def run_study(study: Study, path: Path | str, results: Path | str | None = None,
     return _report(conduct)
 
 
-def require_files(ledger: Ledger) -> None:
+def require_files_of_arms(ledger: Ledger) -> None:
     """RecipeError, with the arm, where data or a benchmark's cases cannot be read."""
     for number, (arm, its) in enumerate(ledger.arms.items()):
         # the benchmarks are the same for all, and checking one may mean making its cases

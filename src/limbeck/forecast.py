@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from limbeck.conduct import require_files
+from limbeck.conduct import require_files_of_arms
 from limbeck.flops import asks_teacher
 from limbeck.ledger import Ledger, Task
 from limbeck.log import console, megabytes, say
@@ -20,7 +20,7 @@ MB = 2**20
 def forecast(study: Study, path: Path | str, results: Path | str | None = None) -> dict[str, Any]:
     """A row per run that is left, and their sum. Loads tokenizers and shapes, no weights."""
     ledger = Ledger(study, path, results)
-    require_files(ledger)
+    require_files_of_arms(ledger)
     every = [*ledger.tuning_tasks(), *ledger.tasks()]
     tasks = [task for task in every if ledger.recorded(task) is None]
     planned = {arm: plan(ledger.arms[arm].recipe, advise=False) for arm in dict.fromkeys(task.arm for task in tasks)}

@@ -18,8 +18,8 @@ def without_holes(wanted: bool) -> None:
 
     In the heap, where else all below 32 MB are, glibc before 2.38 does not find the place of one aligned block for another of the same size
     (its bug 14581), once a few bytes beside it are taken. Adapters, and weights that are gathered from other processes, make many blocks
-    that live briefly: a fifth and a third of such runs' memory was holes (benchmarks/README.md). Fresh pages cost time where weights have
-    gradients, and none was found where adapters alone do.
+    that live briefly: a fifth, and a quarter to nearly half, of such runs' memory was that (benchmarks/README.md). Fresh pages cost time
+    where weights have gradients, and none was found where adapters alone do.
     """
     global _asked
     if wanted != _asked:

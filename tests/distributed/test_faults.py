@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +98,31 @@ def test_a_timeout_is_seconds(recipe: dict[str, Any], tmp_path: Path, monkeypatc
         monkeypatch.setenv(name, value)
     with pytest.raises(RunError, match="LIMBECK_TIMEOUT: found 'soon', expected seconds"):
         limbeck.train(recipe, tmp_path / "run")
+
+
+VOTE = """
+import time
+from limbeck import distributed
+
+with distributed.world() as world:
+    distributed.barrier(world)
+    if world.rank:
+        time.sleep(120)
+    distributed.any_rank(False, world)
+"""
+
+
+def test_one_that_does_not_vote_is_noticed_in_time(tmp_path: Path) -> None:
+    """Also where the others ask whether to stop, as they do before every microbatch."""
+    with closing(socket.socket()) as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "LIMBECK_TIMEOUT": "5"}
+    ranks = [subprocess.Popen([sys.executable, "-c", VOTE], env={**shared, "RANK": str(rank)}, stderr=subprocess.PIPE) for rank in (0, 1)]
+    try:
+        _, told = ranks[0].communicate(timeout=60)
+    finally:
+        for rank in ranks:
+            rank.kill()
+        ranks[1].communicate()
+    assert ranks[0].returncode == 1 and b"did not answer for 5 seconds" in told
