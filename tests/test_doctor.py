@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import helpers
 import limbeck
@@ -93,6 +94,39 @@ def test_truncation_repeats_and_open_ends_are_warned_of(pair: dict[str, Any], fr
     folder = helpers.save_model(tmp_path / "open", model, fresh_tokenizer)
     finding = found(pair | {"student": {"model": str(folder)}})["ends of answers"]
     assert finding.level == "warning" and finding.detail["without_end"] == 12 and "'<|im_end|>'" in finding.message
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_markers_that_a_head_never_learned_are_found(pair: dict[str, Any], tmp_path: Path, tokenizer: Any, tied: bool, shards: int) -> None:
+    end, other = tokenizer.convert_tokens_to_ids("<|im_end|>"), len(tokenizer) + 2
+    model = helpers.tiny_model(tied=tied)
+    with torch.no_grad():
+        model.lm_head.weight[end] = 1.5 * model.lm_head.weight[other]  # one direction: no state tells them apart
+        if not tied:
+            model.model.embed_tokens.weight[:] = 1.0  # what goes in decides nothing
+    folder = tmp_path / "unlearned"
+    model.save_pretrained(folder, max_shard_size="50KB" if shards > 1 else "5GB")
+    tokenizer.save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > (shards > 1)
+    lora = {"student": {"model": str(folder), "lora": {"rank": 2}}}
+    finding = found(pair | lora)["markers to the student"]
+    assert finding.level == "warning" and f"'<|im_end|>' from the unused id {other}" in finding.message, finding
+    (marker,) = finding.detail["unlearned"]
+    assert (marker["token"], marker["nearest"]) == (end, other) and marker["cosine"] == pytest.approx(1.0, abs=1e-5)
+    assert finding.detail["taught"] == {str(end): 12} and is_go([finding])
+    # all weights are trained: the student learns them; a teacher has nothing to say of them
+    assert "markers to the student" not in found(pair | {"student": {"model": str(folder)}})
+    assert found(pair | {"teacher": {"type": "model", "model": str(folder)}})["markers to the teacher"].level == "warning"
+    findings = found(pair | {"student": {"model": pair["student"]["model"], "lora": {"rank": 2}}})
+    assert findings["markers to the student"].level == findings["markers to the teacher"].level == "ok"
+
+
+def test_a_head_that_is_not_to_be_told_is_unknown(pair: dict[str, Any], tmp_path: Path, tokenizer: Any) -> None:
+    folder = helpers.save_model(tmp_path / "torn", helpers.tiny_model(), tokenizer)
+    (folder / "model.safetensors").unlink()
+    finding = found(pair | {"teacher": {"type": "model", "model": str(folder)}})["markers to the teacher"]
+    assert finding.level == "unknown" and is_go([finding])
 
 
 def test_leaks_are_counted_whatever_their_spelling(pair: dict[str, Any]) -> None:

@@ -80,9 +80,19 @@ def model_config(name: str, revision: str | None = None) -> dict[str, Any] | Non
 
 def weight_shapes(name: str, revision: str | None = None) -> dict[str, tuple[int, ...]] | None:
     """Names and shapes of a model's weights, from the headers of its files; None where these are neither local nor in the hub's cache."""
+    found = _weights(name, revision)
+    return {key: shape for key, (_, shape) in found.items()} if found is not None else None
+
+
+def weight_file(name: str, weight: str, revision: str | None = None) -> Path | None:
+    """The file that holds one of a model's weights; None where it is neither local nor in the hub's cache."""
+    return (_weights(name, revision) or {}).get(weight, (None,))[0]
+
+
+def _weights(name: str, revision: str | None) -> dict[str, tuple[Path, tuple[int, ...]]] | None:
     files = [model_file(name, "model.safetensors", revision)]
     index = model_file(name, "model.safetensors.index.json", revision)
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     try:
         if index is not None:
             parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
@@ -92,7 +102,7 @@ def weight_shapes(name: str, revision: str | None = None) -> dict[str, tuple[int
                 return None
             with open(file, "rb") as stream:  # 8 bytes of length, then JSON by name
                 header = json.loads(stream.read(min(int.from_bytes(stream.read(8), "little"), MAX_HEADER)))
-            found.update({key: tuple(value["shape"]) for key, value in header.items() if key != "__metadata__"})
+            found.update({key: (file, tuple(value["shape"])) for key, value in header.items() if key != "__metadata__"})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"model {name!r}: its weights are not readable as safetensors: {error}") from None
     return found

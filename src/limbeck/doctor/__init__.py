@@ -1,10 +1,10 @@
-"""The pair doctor: what can be known of a student, a teacher and their data before a run is paid for. `examine` loads tokenizers and reads
-the data; weights only where headroom is asked for.
+"""The pair doctor: what can be known of a student, a teacher and their data before a run is paid for. `examine` loads tokenizers, reads
+the data and the rows of heads; whole models only where headroom is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,7 +14,7 @@ from limbeck.recipe import Recipe
 from limbeck.sources.dataset import DatasetSource
 from limbeck.student import Student
 from limbeck.teachers.model import ModelTeacher
-from limbeck.tokens.sample import Conversation
+from limbeck.tokens.sample import Conversation, Sample
 
 __all__ = ["Finding", "examine", "is_go", "show"]
 
@@ -62,6 +62,7 @@ def _findings(recipe: Recipe, headroom: bool) -> Iterator[Finding]:
         yield data.truncation(source)
         yield data.repeats(source)
         yield data.endings(source.samples, ours, student.model, student.revision)
+        yield from _markers(recipe, student, ours, theirs, source.samples)
     yield from data.leaks(recipe.evaluate, conversations)
     if headroom and absent:
         yield Finding("headroom", "unknown", "not measured: it needs both models here")
@@ -92,6 +93,24 @@ def _pair(recipe: Recipe, student: Student, ours: Any, theirs: Any, conversation
     if isinstance(teacher, ModelTeacher):
         yield pair.padding(teacher.model, teacher.revision, theirs, "teacher")
     yield from pair.compare(ours, theirs, list(islice(conversations, COMPARED)))
+
+
+def _markers(recipe: Recipe, student: Student, ours: Any, theirs: Any, samples: Sequence[Sample]) -> Iterator[Finding]:
+    """Markers that the data teach, against a head that adapters leave as it is, and against the teacher's."""
+    from limbeck.doctor import markers
+
+    taught, teacher = markers.taught(samples, ours), recipe.teacher
+    if student.lora is not None:
+        consequence = "the student will not learn to write them, since adapters leave the head as it is; train all weights"
+        yield from markers.examine("student", (student.model, student.revision), taught, ours, consequence)
+    if isinstance(teacher, ModelTeacher) and theirs is not None and not isinstance(theirs, Finding):
+        shared = {token: count for token, count in taught.items() if _names(theirs, token) == _names(ours, token)}
+        consequence = "what the teacher says where the data have them is worth nothing; ce learns them from the data"
+        yield from markers.examine("teacher", (teacher.model, teacher.revision), shared, ours, consequence)
+
+
+def _names(tokenizer: Any, token: int) -> str:
+    return str(tokenizer.convert_ids_to_tokens(token))
 
 
 def _headroom(recipe: Recipe, student: Student, tokenizer: Any) -> Finding:
