@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("5", ("consistency", "training")),
     ("5", ("recipe", "suites")),
     ("6", ("calibration", "step", "flops", "divide", "not_finite")),
+    ("6", ("inputs",)),
     ("6", ("bookkeeping",)),
     ("6", ("milestones",)),
     ("6", ("trainer", "capture")),

@@ -82,12 +82,13 @@ def copied(finished: tuple[Path, dict[str, Any]]) -> Iterator[Path]:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The runs that were trained in this test."""
+    """The runs that were trained in this test; one that was found finished is none."""
     names: list[str] = []
     original = limbeck.trainer.train
 
     def train(recipe: Any, path: Path) -> Run:
-        names.append("/".join(Path(path).parts[-2:]))
+        if not Run(path).is_finished:
+            names.append("/".join(Path(path).parts[-2:]))
         return original(recipe, path)
 
     monkeypatch.setattr(limbeck.trainer, "train", train)
@@ -278,6 +279,38 @@ def test_edited_data_are_other_data(make_study, tmp_path, trained):
     write_jsonl(data, conversations(range(1, 11)))
     run_study(study, tmp_path / "s")
     assert trained == ["sft/seed-0"] * 2
+
+
+@pytest.mark.parametrize(
+    ("which", "again"),
+    [("student", ["sft", "logits"]), ("teacher", ["logits"]), ("", [])],
+    ids=["another student", "another teacher", "written by another version of transformers"],
+)
+def test_a_model_that_was_made_anew_is_another_model(make_study, make_model_dir, tmp_path, trained, which, again):
+    """Its folder has the name that it had. A capture of the old teacher is put aside, and the new one is measured."""
+    folders = {name: tmp_path / name for name in ("student", "teacher")}
+    for seed, folder in enumerate(folders.values()):
+        shutil.copytree(make_model_dir(seed=seed), folder)
+    base = make_study().model_dump(mode="json")["base"]
+    base |= {"student": {"model": str(folders["student"])}, "teacher": {"type": "model", "model": str(folders["teacher"])}}
+    study = make_study(base=base, arms={name: ARMS[name] for name in ("sft", "logits")})
+    first = run_study(study, tmp_path / "s")
+    before = records(tmp_path / "s")
+    trained.clear()
+    if which:
+        shutil.rmtree(folders[which])
+        shutil.copytree(make_model_dir(seed=7), folders[which])
+    else:
+        file = folders["teacher"] / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"transformers_version": "99.0"}))
+    second = run_study(study, tmp_path / "s")
+    assert [name.partition("/")[0] for name in trained] == again
+    assert before.keys() <= records(tmp_path / "s").keys(), "what was recorded stays"
+    assert (first["scores"] == second["scores"]) == (not which)
+    assert bool(list((tmp_path / "s" / "replaced").glob("teacher-*"))) == (which == "teacher")
+    changed = {name for name in ("teacher", "untrained") if first["scores"][name] != second["scores"][name]}
+    # agreement, which both are measured by, is with the teacher
+    assert changed == {"student": {"untrained"}, "teacher": {"teacher", "untrained"}, "": set()}[which]
 
 
 def test_an_edited_function_makes_other_data(make_study, tmp_path, monkeypatch):

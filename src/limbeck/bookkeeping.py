@@ -11,6 +11,7 @@ from typing import Any
 
 from limbeck import adapters
 from limbeck.errors import RunError
+from limbeck.inputs import inputs_of
 from limbeck.log import peak_memory_mb
 from limbeck.models import weights_hash
 from limbeck.objectives.base import Term, gates
@@ -29,9 +30,20 @@ def refuse_others(run: Run, recipe: Recipe) -> None:
             raise RunError(
                 f"{run.path}: holds a run of another recipe ({differing[0][1]}{others}); choose another run directory, or delete this one"
             )
+        if changed := changed_inputs(run, recipe):
+            raise RunError(f"{run.path}: {changed} since this run began; choose another run directory, or delete this one")
         return
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise RunError(f"{run.path}: exists and is no run directory; choose another path")
+
+
+def changed_inputs(run: Run, recipe: Recipe) -> str:
+    """What lies behind the names in a run's recipe and is not what it was when the run began, in words; empty where all is."""
+    before = run.read_json("data.json", {}).get("inputs")
+    if before is None or not (differing := [key for key, _ in differences(before, inputs_of(recipe))]):
+        return ""
+    names = {"data": "the files of source.data", "models.student": "student.model", "models.teacher": "the teacher"}
+    return " and ".join(f"{names.get(key, key)} changed" for key in differing)
 
 
 def describe(
@@ -56,6 +68,7 @@ def describe(
             **source.describe(),
             "num_steps": num_steps,
             **({"layer_maps": layer_maps} if layer_maps else {}),
+            "inputs": inputs_of(recipe),
             "order_sha256": order.hexdigest(),
             "initial_weights_sha256": initial,
             "vocabulary_sha256": vocabulary_hash(tokenizer),

@@ -5,8 +5,11 @@ Fetching is `limbeck.assets`; this module only looks.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ from limbeck.errors import DataError, ModelError, nearest
 
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header, as its own library bounds them."""
+MODEL_FILES = {".safetensors", ".json", ".jinja", ".model"}
+"""Of a model's folder, what decides what it does: weights, configuration, tokenizer, chat template."""
+CONFIGS = {"config.json", "generation_config.json"}
 
 
 def cache_dir() -> Path:
@@ -140,3 +146,44 @@ def resolve_data(name: str) -> Path:
         or f"; known data sets: {', '.join(known) or 'none'} (`limbeck assets list` shows what can be fetched)"
     )
     raise DataError(f"data {name!r}: {what}{hint}")
+
+
+def files_hash(names: Sequence[str]) -> str:
+    """SHA-256 over the content of data files, wherever they lie."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(_content(resolve_data(name)))
+    return digest.hexdigest()
+
+
+def model_content(name: str) -> str | None:
+    """SHA-256 over the files of a model in a folder; None for one that lies elsewhere, which its name and revision tell."""
+    folder = Path(os.path.expanduser(name))
+    if not os.path.isdir(folder):
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in MODEL_FILES and file.is_file():
+            digest.update(file.name.encode() + b"\0" + _content(file))
+    return digest.hexdigest()
+
+
+def _content(file: Path) -> bytes:
+    file = file.resolve()
+    about = file.stat()
+    return _content_once(file, about.st_ino, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _content_once(file: Path, inode: int, size: int, changed: int) -> bytes:
+    """SHA-256 of a file that has not changed since: a study asks again for every run that it may have. It does not matter which version
+    of transformers wrote a config."""
+    if file.name in CONFIGS:
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            config.pop("transformers_version", None)
+            return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).digest()
+        except (ValueError, AttributeError, RecursionError):  # whoever loads it will say what is wrong
+            pass
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()

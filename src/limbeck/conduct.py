@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from limbeck import heap, protocol
+from limbeck.bookkeeping import changed_inputs
 from limbeck.errors import ModelError, RecipeError, RunError
 from limbeck.evaluate import Benchmark
 from limbeck.flops import asks_teacher, compute
@@ -130,17 +131,18 @@ class Conduct:
             return
         recipe = self.ledger.recipe(task)
         if world.is_main:
-            self._make_room(run, recipe)
+            self._make_room(run, recipe, self.ledger.key(task))
         distributed.barrier(world)
         train(recipe, run.path)
         if world.is_main:
             run.write_json(KEY, {"key": self.ledger.key(task)})
 
-    def _make_room(self, run: Run, recipe: Recipe) -> None:
-        """Set a run aside that was made of another recipe."""
+    def _make_room(self, run: Run, recipe: Recipe, key: str) -> None:
+        """Set a run aside that was made of another recipe, or of other data, models or modules."""
         there = run.read_json("recipe.json", {})
-        if there and differences(what_is_learned(there), what_is_learned(recipe.to_json())):
-            aside = self.path / "replaced" / f"{run.path.parent.name}-{run.path.name}-{digest(there)[:8]}"
+        was = run.read_json(KEY, {}).get("key", key)
+        if there and (was != key or differences(what_is_learned(there), what_is_learned(recipe.to_json())) or changed_inputs(run, recipe)):
+            aside = self.path / "replaced" / f"{run.path.parent.name}-{run.path.name}-{digest([there, was])[:8]}"
             say(f"{run.path}: the arm was changed since; this run is kept in {aside}")
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(parents=True, exist_ok=True)

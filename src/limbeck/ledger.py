@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limbeck import plugins, protocol
+from limbeck import protocol
 from limbeck.arms import Arm, named_teachers
+from limbeck.cache import model_content
 from limbeck.errors import RunError
 from limbeck.evaluate import Benchmark
 from limbeck.flops import asks_teacher
+from limbeck.inputs import inputs_of
 from limbeck.recipe import Recipe, parse_recipe
 from limbeck.report import records
 from limbeck.report.collect import TEACHER, UNTRAINED
@@ -149,11 +151,7 @@ class Ledger:
         else:  # evaluations that choose nothing change nothing
             tree["train"].pop("evaluate_every", None)
         del tree["evaluate"], tree["capture"]
-        tree["data"] = content_of(recipe)
-        if recipe.plugins:
-            tree["plugins"] = plugins.contents(recipe.plugins)
-        if modules := getattr(recipe.source, "modules", []):
-            tree["convert"] = plugins.contents(modules)
+        tree |= inputs_of(recipe)
         if not asks_teacher(recipe) and not (chosen_by is not None and chosen_by.needs_teacher):
             del tree["teacher"]
         elif self.study.capture:
@@ -200,7 +198,7 @@ class Ledger:
 
     def teacher_key(self, name: str = TEACHER) -> str:
         """The hash of a teacher, as it was captured. Benchmarks compare with the study's."""
-        return digest([self.teachers[name].model_dump(mode="json"), self._captured])
+        return digest([_told(self.teachers[name]), self._captured])
 
     # what is there
 
@@ -251,7 +249,8 @@ class Ledger:
         return [*(name for name, teacher in self.teachers.items() if isinstance(teacher, ModelTeacher)), UNTRAINED]
 
     def reference_file(self, name: str) -> Path:
-        what = self.base.to_json()["student"] if name == UNTRAINED else self.teachers[name].model_dump(mode="json")
+        student = self.base.to_json()["student"]
+        what = _known(student, model_content(student["model"])) if name == UNTRAINED else _told(self.teachers[name])
         return self.results / records.FOLDER / f"reference-{name}-{digest(what)[:12]}.json"
 
     def missing_references(self) -> list[str]:
@@ -283,11 +282,13 @@ class Ledger:
         )
 
 
-def content_of(recipe: Recipe) -> str:
-    """Hash of the source's files, so that edited data are other data."""
-    from limbeck.evaluate.cases import files_hash
+def _told(teacher: Teacher) -> Any:
+    return _known(teacher.model_dump(mode="json"), teacher.content())
 
-    return files_hash(getattr(recipe.source, "names", []))
+
+def _known(tree: dict[str, Any], content: str | None) -> Any:
+    """A model as a recipe has it, and what lies in its folder where it is one."""
+    return tree if content is None else [tree, content]
 
 
 def _plants_rate(study: Study) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 
+from limbeck.cache import files_hash
 from limbeck.evaluate import cases
-from limbeck.evaluate.cases import choose, files_hash, in_batches
+from limbeck.evaluate.cases import choose, in_batches
 
 ROWS = [f"row-{i}" for i in range(50)]
 

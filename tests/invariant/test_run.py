@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -121,6 +122,52 @@ def test_directory_of_another_recipe_is_refused(base: dict[str, Any], tmp_path: 
     _train(base, tmp_path / "run")
     with pytest.raises(RunError, match=r"train\.steps is 6 there, 7 here"):
         _train(base, tmp_path / "run", "train.steps=7")
+
+
+@pytest.mark.parametrize("what", ["source.data", "student.model", "the teacher", "the capture", "convert.edited_here"])
+@pytest.mark.parametrize("kill", [True, False], ids=["interrupted", "finished"])
+def test_what_lies_behind_a_name_must_stay_as_it_was(
+    base: dict[str, Any], make_model_dir: Callable[..., Path], tmp_path: Path, what: str, kill: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data that were edited, or a model that was trained anew under the same name, would mix two runs, or show an old one as new."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "edited_here", raising=False)
+    student, teacher, data = tmp_path / "student", tmp_path / "teacher", tmp_path / "data.jsonl"
+    shutil.copytree(base["student"]["model"], student)
+    shutil.copytree(base["teacher"]["model"], teacher)
+    shutil.copy(base["source"]["data"], data)
+    code = "def convert(row): return row\n"
+    Path("edited_here.py").write_text(code)
+    source = {"type": "dataset", "data": {"path": str(data), "convert": "edited_here:convert"}}
+    base = base | {"student": {"model": str(student)}, "teacher": {"type": "model", "model": str(teacher)}, "source": source}
+    base |= {"objective": base["objective"][:2], "train": dict(base["train"])}
+    if what == "the capture":
+        limbeck.capture(base | {"objective": [], "capture": {"path": "store"}})
+        base["teacher"] = {"type": "store", "path": "store"}
+    if kill:
+        base["train"] |= {"steps": 3000, "checkpoint_every": 1}
+        path = killed_run(base, tmp_path, [])
+    else:
+        path = _train(base, tmp_path / "run").path
+    written = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    if what == "source.data":
+        data.write_text(data.read_text().replace("lazy", "slow"))
+    elif what == "convert.edited_here":
+        Path("edited_here.py").write_text(f"# edited\n{code}")
+    elif what == "the capture":
+        shutil.rmtree("store")
+        other = {"type": "model", "model": str(make_model_dir(layers=3, width=48, seed=9))}
+        limbeck.capture(base | {"objective": [], "teacher": other, "capture": {"path": "store"}})
+    else:
+        changed, sizes = (student, {"layers": 2}) if what == "student.model" else (teacher, {"layers": 3, "width": 48})
+        shutil.rmtree(changed)
+        shutil.copytree(make_model_dir(seed=9, **sizes), changed)
+    named = "the teacher" if what == "the capture" else what
+    with pytest.raises(
+        RunError, match=f"{path.name}: .*{named} changed since this run began; choose another run directory, or delete this one"
+    ):
+        _train(base, path)
+    assert written == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}, "nothing is lost"
 
 
 def test_export_reloads_to_equal_logits_and_holds_no_projections(base: dict[str, Any], tmp_path: Path) -> None:

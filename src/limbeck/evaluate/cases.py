@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from limbeck.cache import resolve_data
 from limbeck.tokens.datasets import DataSets, sets_of
 
 T = TypeVar("T")
@@ -39,20 +36,3 @@ def in_batches(rows: Iterable[T], length: Callable[[T], int], batch_size: int) -
     """Batches of like lengths, so that little is padded."""
     ordered = sorted(rows, key=length)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-
-
-def files_hash(names: Sequence[str]) -> str:
-    """SHA-256 over the content of data files, wherever they lie."""
-    digest = hashlib.sha256()
-    for name in names:
-        file = resolve_data(name).resolve()
-        about = file.stat()
-        digest.update(_content_hash(file, about.st_ino, about.st_size, about.st_mtime_ns))
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=256)
-def _content_hash(file: Path, inode: int, size: int, changed: int) -> bytes:
-    """SHA-256 of a file that has not changed since: a study asks again for every run that it may have."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()

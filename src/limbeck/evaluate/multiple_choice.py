@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from limbeck.cache import resolve_data
+from limbeck.cache import files_hash, resolve_data
 from limbeck.errors import DataError, nearest
 from limbeck.evaluate.base import Benchmark, Item, Metric, Subject, ratio
-from limbeck.evaluate.cases import choose, files_hash, in_batches
+from limbeck.evaluate.cases import choose, in_batches
 from limbeck.evaluate.likelihood import log_probs, shares_cache
 from limbeck.evaluate.prompt import PromptStyle, answer_ids, answer_texts, prompt_ids, prompt_text
 from limbeck.log import progress

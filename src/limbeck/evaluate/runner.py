@@ -36,7 +36,7 @@ def evaluate(benchmarks: Sequence[Benchmark], subject: Subject, done: Path | Non
         raise RecipeError(f"evaluate: {needy[0]!r} compares with a teacher, and there is none; set teacher, or remove it")
     identity = identify(subject)
     for benchmark in benchmarks:
-        asked = {"teacher": subject.teacher.model_dump(mode="json")} if benchmark.needs_teacher and subject.teacher else {}
+        asked = _told(subject.teacher) if benchmark.needs_teacher and subject.teacher else {}
         empty = Result(
             name=benchmark.key,
             version=benchmark.version,
@@ -99,6 +99,11 @@ def identify(subject: Subject) -> dict[str, Any]:
         "vocabulary_sha256": vocabulary_hash(subject.tokenizer),
         "template_sha256": template_hash(subject.tokenizer),
     }
+
+
+def _told(teacher: Teacher) -> dict[str, Any]:
+    content = teacher.content()
+    return {"teacher": teacher.model_dump(mode="json"), **({"teacher_content": content} if content else {})}
 
 
 def _graded(empty: Result, benchmark: Benchmark, subject: Subject, file: Path | None) -> Result:

@@ -104,6 +104,10 @@ class Teacher(Family):
         only of one that computes, like the next."""
         return None
 
+    def content(self) -> str | None:
+        """SHA-256 of what lies behind its names, where that is a folder; None where they tell which teacher it is. Torch-free."""
+        return None
+
     def identity(self, scorer: Any) -> TeacherIdentity:
         """Which teacher it is that `open` gave `scorer` for."""
         raise NotImplementedError

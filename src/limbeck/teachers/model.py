@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from limbeck import adapters
-from limbeck.cache import model_config, resolve_model
+from limbeck.cache import model_config, model_content, resolve_model
 from limbeck.errors import RecipeError
 from limbeck.log import say
 from limbeck.objectives.base import Needs
@@ -64,6 +64,9 @@ class ModelTeacher(Teacher):
             width=config.get("hidden_size"),
             vocabulary=config.get("vocab_size"),
         )
+
+    def content(self) -> str | None:
+        return model_content(self.model)
 
     def prepare(self) -> None:
         if model_config(self.model, self.revision) is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +36,14 @@ class StoreTeacher(Teacher):
             num_layers=manifest.teacher.num_layers,
             width=manifest.teacher.width,
         )
+
+    def content(self) -> str:
+        """Of which teacher it is, and how it was kept; it may hold more conversations than before."""
+        manifest = read_manifest(self.path)
+        known = manifest.model_dump(mode="json", include={"teacher", "codec", "head", "model"})
+        if manifest.teacher.weights_sha256:
+            del known["teacher"]["name"], known["teacher"]["revision"]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def open(self, tokenizer: Any, needs: Needs, device: str = "cpu") -> StoreScorer:
         from limbeck.store.reader import StoreReader
