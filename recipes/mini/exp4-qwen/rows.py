@@ -3,7 +3,7 @@
     limbeck assets fetch bfcl/train bfcl/heldout bfcl/irrelevance
     python recipes/mini/exp4-qwen/rows.py runs/exp4-qwen
 
-`train.jsonl` is what students learn from, `teacher.jsonl` these rows and others, on which the teacher of exp4-smollm2 is tuned.
+`train.jsonl` is what students learn from, `train_json.jsonl` the same with calls as JSON, a line each, and `teacher.jsonl` these rows and others, on which the teacher of exp4-smollm2 is tuned.
 `in_domain.jsonl` asks for the same tools in other words, `out_of_domain.jsonl` for tools that are in none of them, and in
 `irrelevance.jsonl` the tool on offer is of no use.
 """
@@ -37,6 +37,7 @@ def main(folder: Path) -> None:
     others = ([row for row in group if row["messages"][0] != ours["messages"][0]] for group, ours in zip(groups, train, strict=True))
     in_domain = [group[0] for group in others if group]
     write(folder / "train.jsonl", train)
+    write(folder / "train_json.jsonl", map(as_json, train))
     write(folder / "in_domain.jsonl", in_domain)
     asked = [row["messages"][0] for row in in_domain]
     write(folder / "teacher.jsonl", [row for group in by_tool.values() for row in group if row["messages"][0] not in asked])
@@ -51,6 +52,13 @@ def short(name: str) -> Iterator[Row]:
             length = len(json.dumps(row["tools"])) + sum(len(message["content"]) for message in row["messages"])
             if len(row["tools"]) == 1 and length <= LONGEST:
                 yield row
+
+
+def as_json(row: Row) -> Row:
+    """Calls as text, without the template's `<tool_call>`, which the Qwen models of 0.5B and 1.5B have never learned to write."""
+    question, answer = row["messages"]
+    calls = [json.dumps(call["function"]) for call in answer["tool_calls"]]
+    return row | {"messages": [question, {"role": "assistant", "content": "\n".join(calls)}]}
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
