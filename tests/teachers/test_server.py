@@ -229,8 +229,8 @@ def test_a_key_from_a_file_may_end_with_its_line(spec, server, tokenizer, monkey
 
 
 def test_a_server_that_is_nowhere_is_named_with_the_cause(spec, tokenizer, capsys):
-    with pytest.raises(RunError, match=r"teacher http://127\.0\.0\.1:9/v1: no connection \(.*refused.*\), for 0.1 seconds"):
-        opened(spec, tokenizer, url="http://127.0.0.1:9/v1", patience_seconds=0.1)
+    with pytest.raises(RunError, match=r"teacher http://127\.0\.0\.1:9/v1: no connection \(.*refused.*\), for 2 seconds"):
+        opened(spec, tokenizer, url="http://127.0.0.1:9/v1", patience_seconds=2)
     assert "refused" in capsys.readouterr().err
 
 
