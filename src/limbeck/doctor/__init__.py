@@ -105,7 +105,7 @@ def _markers(recipe: Recipe, student: Student, ours: Any, theirs: Any, samples: 
         yield from markers.examine("student", (student.model, student.revision), taught, ours, consequence)
     if isinstance(teacher, ModelTeacher) and theirs is not None and not isinstance(theirs, Finding):
         shared = {token: count for token, count in taught.items() if _names(theirs, token) == _names(ours, token)}
-        consequence = "what the teacher says where the data have them is worth nothing; ce learns them from the data"
+        consequence = "what the teacher says where the data have them is worth nothing"
         yield from markers.examine("teacher", (teacher.model, teacher.revision), shared, ours, consequence)
 
 
