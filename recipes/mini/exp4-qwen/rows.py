@@ -3,9 +3,9 @@
     limbeck assets fetch bfcl/train bfcl/heldout bfcl/irrelevance
     python recipes/mini/exp4-qwen/rows.py runs/exp4-qwen
 
-`train.jsonl` is what students learn from, `train_json.jsonl` the same with calls as JSON, a line each, and `teacher.jsonl` these rows and others, on which the teacher of exp4-smollm2 is tuned.
-`in_domain.jsonl` asks for the same tools in other words, `out_of_domain.jsonl` for tools that are in none of them, and in
-`irrelevance.jsonl` the tool on offer is of no use.
+`train.jsonl` is what students learn from, `train_json.jsonl` the same with calls as JSON, a line each, and `teacher.jsonl` these rows
+and others, on which the teacher of exp4-smollm2 is tuned. `in_domain.jsonl` asks for the same tools in other words,
+`out_of_domain.jsonl` for tools that are in none of them, and in `irrelevance.jsonl` the tool on offer is of no use.
 """
 
 from __future__ import annotations
