@@ -13,10 +13,10 @@ from limbeck.recipe import Recipe
 def inputs_of(recipe: Recipe) -> dict[str, Any]:
     """SHA-256 of data files, of modules of the user's, and of the models that lie in folders: those of the cache and the hub are told by
     name and revision. The teacher's only where it is asked."""
-    found: dict[str, Any] = {"data": files_hash(getattr(recipe.source, "names", []))}
+    found: dict[str, Any] = {"data": files_hash(recipe.source.names)}
     if recipe.plugins:
         found["plugins"] = plugins.contents(recipe.plugins)
-    if modules := getattr(recipe.source, "modules", []):
+    if modules := recipe.source.modules:
         found["convert"] = plugins.contents(modules)
     if models := models_of(recipe):
         found["models"] = models

@@ -40,6 +40,16 @@ class Source(Family):
 
     type: str
 
+    @property
+    def names(self) -> list[str]:
+        """Files and named data sets that it reads: what they hold decides a run, which does not go on where they were edited."""
+        return []
+
+    @property
+    def modules(self) -> list[str]:
+        """Modules of the user's that make its rows; they decide a run as much."""
+        return []
+
     def check(self) -> None:
         """Raise on what would stop `open` and shows without reading: a missing file, package or function. Torch-free."""
 

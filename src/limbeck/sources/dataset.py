@@ -61,12 +61,10 @@ class DatasetSource(Source):
 
     @property
     def names(self) -> list[str]:
-        """The files and named sets among the data."""
         return [part.path for part in self.sets if part.path is not None]
 
     @property
     def modules(self) -> list[str]:
-        """Modules of the user's whose functions make rows."""
         return [part.convert.partition(":")[0] for part in self.sets if part.convert is not None]
 
     @property
