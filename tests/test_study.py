@@ -313,6 +313,16 @@ def test_a_model_that_was_made_anew_is_another_model(make_study, make_model_dir,
     assert changed == {"student": {"untrained"}, "teacher": {"teacher", "untrained"}, "": set()}[which]
 
 
+def test_adapters_of_an_arm_that_starts_from_another_decide_it(make_study, model_dir, tmp_path):
+    base = make_study().model_dump(mode="json")["base"] | {"student": {"model": str(model_dir)}}
+    keys = []
+    for lora in (None, {"rank": 2}, {"rank": 4}):
+        arms = {"sft": ARMS["sft"], "then": ARMS["sft"] | {"student": {"arm": "sft"} | ({"lora": lora} if lora else {})}}
+        ledger = Ledger(make_study(base=base, arms=arms), tmp_path / "s")
+        keys.append([ledger.key(Task(arm, 0)) for arm in arms])
+    assert len({sft for sft, _ in keys}) == 1 and len({then for _, then in keys}) == 3
+
+
 def test_an_edited_function_makes_other_data(make_study, tmp_path, monkeypatch):
     """`convert` is the user's code, and decides what is trained on as much as the file does."""
     monkeypatch.chdir(tmp_path)

@@ -156,8 +156,9 @@ class Ledger:
             del tree["teacher"]
         elif self.study.capture:
             tree["capture"] = self._captured
-        if parent := self.parent(task):
-            tree["student"] = self.key(parent)
+        if parent := self.parent(task):  # all but adapters is the parent's
+            begun, lora = self.key(parent), tree["student"].get("lora")
+            tree["student"] = {"parent": begun, "lora": lora} if lora else begun
         return digest(tree)
 
     def _at(self, task: Task) -> Recipe:
