@@ -313,6 +313,26 @@ def test_a_model_that_was_made_anew_is_another_model(make_study, make_model_dir,
     assert changed == {"student": {"untrained"}, "teacher": {"teacher", "untrained"}, "": set()}[which]
 
 
+def test_data_that_are_edited_at_work_are_not_recorded(make_study, tmp_path, trained, monkeypatch):
+    """What was trained on the old data is not shown as of the new."""
+    base = make_study().model_dump(mode="json")["base"]
+    data = write_jsonl(tmp_path / "train.jsonl", conversations(range(10)))
+    study = make_study(base=base | {"source": {"type": "dataset", "data": str(data)}}, arms={"sft": ARMS["sft"]}, references=False)
+    export = limbeck.trainer._export
+
+    def edit(*args: Any) -> None:
+        export(*args)
+        write_jsonl(data, conversations(range(1, 11)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(limbeck.trainer, "_export", edit)
+        with pytest.raises(RunError, match=r"sft/seed-0: what it is made from was changed while it was trained; start the study again"):
+            run_study(study, tmp_path / "s")
+    assert not records(tmp_path / "s")
+    run_study(study, tmp_path / "s")
+    assert trained == ["sft/seed-0"] * 2 and len(records(tmp_path / "s")) == 1
+
+
 def test_adapters_of_an_arm_that_starts_from_another_decide_it(make_study, model_dir, tmp_path):
     base = make_study().model_dump(mode="json")["base"] | {"student": {"model": str(model_dir)}}
     keys = []

@@ -129,13 +129,15 @@ class Conduct:
 
         if self._is_trained(task):
             return
-        recipe = self.ledger.recipe(task)
+        recipe, key = self.ledger.recipe(task), self.ledger.key(task)
         if world.is_main:
-            self._make_room(run, recipe, self.ledger.key(task))
+            self._make_room(run, recipe, key)
         distributed.barrier(world)
         train(recipe, run.path)
         if world.is_main:
-            run.write_json(KEY, {"key": self.ledger.key(task)})
+            run.write_json(KEY, {"key": key})
+        if self.ledger.key(task) != key:
+            raise RunError(f"{run.path}: what it is made from was changed while it was trained; start the study again to train it anew")
 
     def _make_room(self, run: Run, recipe: Recipe, key: str) -> None:
         """Set a run aside that was made of another recipe, or of other data, models or modules."""
@@ -151,7 +153,8 @@ class Conduct:
     def _grade_run(self, task: Task, run: Run, world: World) -> None:
         from limbeck.models import load_model, load_tokenizer
 
-        record = replace(records.of_run(run.path, task.arm, task.seed), key=self.ledger.key(task), teacher=self.ledger.teacher_key())
+        file, record = self.ledger.file(task), records.of_run(run.path, task.arm, task.seed)  # known by what they were before it is graded
+        record = replace(record, key=self.ledger.key(task), teacher=self.ledger.teacher_key())
         benchmarks = self.ledger.benchmarks(task)
         if benchmarks:
             model = load_model(str(run.student), "float32", None, world.device)
@@ -160,10 +163,10 @@ class Conduct:
             record = replace(record, evals={name: result for name, result in run.evals().items() if name in wanted})
         about: dict[str, Any] = {"compute": compute(self.ledger.arms[task.arm].recipe, record.totals["tokens"])}
         if parent := self.ledger.parent(task):
-            file, folder = self.ledger.file(parent), self.path / parent.folder
-            above = read_record(file) if file.is_file() else records.of_run(folder, parent.arm, parent.seed)
+            its, folder = self.ledger.file(parent), self.path / parent.folder
+            above = read_record(its) if its.is_file() else records.of_run(folder, parent.arm, parent.seed)
             about["parent"] = {"arm": parent.arm, "tokens": above.totals["tokens"], **above.about}
-        write_record(self.ledger.file(task), replace(record, about=about))
+        write_record(file, replace(record, about=about))
 
     def _grade(self, model: Any, tokenizer: Any, benchmarks: Sequence[Benchmark], out: Path, world: World) -> None:
         from limbeck.evaluate import Subject
