@@ -333,6 +333,17 @@ def test_data_that_are_edited_at_work_are_not_recorded(make_study, tmp_path, tra
     assert trained == ["sft/seed-0"] * 2 and len(records(tmp_path / "s")) == 1
 
 
+def test_a_student_that_was_altered_is_not_graded(copied, make_study, make_model_dir):
+    """Nor recorded under the name of the one that was trained."""
+    student = copied / "arms" / "sft" / "seed-0" / "student"
+    shutil.rmtree(student)
+    shutil.copytree(make_model_dir(layers=2, seed=9), student)
+    base = make_study().model_dump(mode="json")["base"]
+    base["evaluate"] = [*base["evaluate"], base["evaluate"][1] | {"name": "again", "limit": 2}]
+    with pytest.raises(RunError, match=r"student: the weights were altered since they were trained"):
+        run_study(make_study(base=base), copied)
+
+
 def test_adapters_of_an_arm_that_starts_from_another_decide_it(make_study, model_dir, tmp_path):
     base = make_study().model_dump(mode="json")["base"] | {"student": {"model": str(model_dir)}}
     keys = []

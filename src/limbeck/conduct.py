@@ -151,13 +151,15 @@ class Conduct:
             run.path.rename(aside)
 
     def _grade_run(self, task: Task, run: Run, world: World) -> None:
-        from limbeck.models import load_model, load_tokenizer
+        from limbeck.models import load_model, load_tokenizer, weights_hash
 
         file, record = self.ledger.file(task), records.of_run(run.path, task.arm, task.seed)  # known by what they were before it is graded
         record = replace(record, key=self.ledger.key(task), teacher=self.ledger.teacher_key())
         benchmarks = self.ledger.benchmarks(task)
         if benchmarks:
             model = load_model(str(run.student), "float32", None, world.device)
+            if weights_hash(dict(model.named_parameters())) != record.totals.get("weights_sha256"):
+                raise RunError(f"{run.student}: the weights were altered since they were trained; delete {run.path} to train again")
             self._grade(model, load_tokenizer(str(run.student), None), benchmarks, run.path, world)
             wanted = [benchmark.key for benchmark in benchmarks]
             record = replace(record, evals={name: result for name, result in run.evals().items() if name in wanted})
