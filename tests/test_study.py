@@ -354,6 +354,19 @@ def test_adapters_of_an_arm_that_starts_from_another_decide_it(make_study, model
     assert len({sft for sft, _ in keys}) == 1 and len({then for _, then in keys}) == 3
 
 
+def test_references_are_asked_with_the_prompts_of_the_student(make_study, make_model_dir, tmp_path):
+    """Another chat template of the student's asks the teacher in other words, too."""
+    student = tmp_path / "student"
+    shutil.copytree(make_model_dir(), student)
+    base = make_study().model_dump(mode="json")["base"] | {"student": {"model": str(student)}}
+    study = make_study(base=base | {"evaluate": base["evaluate"][1:]}, arms={"sft": ARMS["sft"]}, capture=None)
+    first = run_study(study, tmp_path / "s")
+    template = student / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_end|>\\n", "<|im_end|>\\n\\n"))
+    second, anew = run_study(study, tmp_path / "s"), run_study(study, tmp_path / "anew")
+    assert first["scores"]["teacher"] != second["scores"]["teacher"] == anew["scores"]["teacher"]
+
+
 def test_an_edited_function_makes_other_data(make_study, tmp_path, monkeypatch):
     """`convert` is the user's code, and decides what is trained on as much as the file does."""
     monkeypatch.chdir(tmp_path)

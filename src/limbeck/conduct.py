@@ -198,7 +198,8 @@ class Conduct:
         self._grade(model, load_tokenizer(student.model, student.revision), self.ledger.base.evaluate, out, world)
         wanted = [benchmark.key for benchmark in self.ledger.base.evaluate]
         evals = {key: result for key, result in Run(out).evals().items() if key in wanted}
-        write_record(self.ledger.reference_file(name), RunRecord(name, 0, {}, {}, {}, {}, [], evals, teacher=self.ledger.teacher_key()))
+        record = RunRecord(name, 0, {}, {}, {}, {}, [], evals, teacher=self.ledger.teacher_key(), about={"prompts": self.ledger.prompts})
+        write_record(self.ledger.reference_file(name), record)
 
     def _capture(self, name: str, world: World) -> None:
         """Walk every source that an arm with this teacher trains on, and keep all blocks that any of them maps. A file of results says what

@@ -254,14 +254,23 @@ class Ledger:
         what = _known(student, model_content(student["model"])) if name == UNTRAINED else _told(self.teachers[name])
         return self.results / records.FOLDER / f"reference-{name}-{digest(what)[:12]}.json"
 
+    @property
+    def prompts(self) -> str:
+        """The hash of the student, whose tokenizer and template make the prompts of all."""
+        student = self.base.to_json()["student"]
+        return digest([student["model"], student["revision"], model_content(student["model"])])
+
     def missing_references(self) -> list[str]:
-        """References of which a result is still to be made."""
+        """References of which a result is still to be made. Older records do not say whose prompts they had."""
         if not self.study.references or not self.base.evaluate:
             return []
+        found = {name: read_record(file) for name in self.references if (file := self.reference_file(name)).is_file()}
         return [
             name
             for name in self.references
-            if not (file := self.reference_file(name)).is_file() or self.missing(read_record(file), self.base.evaluate)
+            if (record := found.get(name)) is None
+            or record.about.get("prompts", self.prompts) != self.prompts
+            or self.missing(record, self.base.evaluate)
         ]
 
     def index(self) -> None:
