@@ -367,6 +367,21 @@ def test_references_are_asked_with_the_prompts_of_the_student(make_study, make_m
     assert first["scores"]["teacher"] != second["scores"]["teacher"] == anew["scores"]["teacher"]
 
 
+@pytest.mark.parametrize("what", ["data", "evaluate"])
+def test_a_capture_takes_in_what_was_edited_or_added(make_study, tmp_path, trained, what):
+    base = make_study().model_dump(mode="json")["base"]
+    data = write_jsonl(tmp_path / "train.jsonl", conversations(range(10)))
+    base |= {"source": {"type": "dataset", "data": str(data)}}
+    run_study(make_study(base=base, arms={"logits": ARMS["logits"]}, references=False), tmp_path / "s")
+    if what == "data":
+        write_jsonl(data, conversations(range(1, 12)))
+    else:
+        heldout = write_jsonl(tmp_path / "heldout.jsonl", conversations(range(30, 36)))
+        base |= {"evaluate": [*base["evaluate"], base["evaluate"][0] | {"name": "more", "data": str(heldout)}]}
+    figures = run_study(make_study(base=base, arms={"logits": ARMS["logits"]}, references=False), tmp_path / "s")
+    assert trained == ["logits/seed-0"] * (2 if what == "data" else 1) and ("more" in figures["scores"]["logits"]) == (what == "evaluate")
+
+
 def test_an_edited_function_makes_other_data(make_study, tmp_path, monkeypatch):
     """`convert` is the user's code, and decides what is trained on as much as the file does."""
     monkeypatch.chdir(tmp_path)

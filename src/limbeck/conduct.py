@@ -26,6 +26,7 @@ from limbeck.bookkeeping import changed_inputs
 from limbeck.errors import ModelError, RecipeError, RunError
 from limbeck.evaluate import Benchmark
 from limbeck.flops import asks_teacher, compute
+from limbeck.inputs import inputs_of
 from limbeck.jobs import Executor, Job, Local
 from limbeck.ledger import Ledger, Task
 from limbeck.log import is_main_process, say
@@ -226,7 +227,15 @@ class Conduct:
             took = {"seconds": 0.0}
         sources = {recipe.source.model_dump_json(): recipe for recipe in asking}
         section = {"path": str(folder), "layers": layers, **spec.model_dump(mode="json")}
-        if took.get("complete") == digest([list(sources), about]) and folder.is_dir():
+        told = [benchmark for benchmark in self.ledger.base.evaluate if benchmark.needs_teacher]
+        whole = digest(
+            [
+                [[source, inputs_of(recipe)] for source, recipe in sources.items()],
+                [[benchmark.model_dump_json(), benchmark.fingerprint()] for benchmark in told],
+                about,
+            ]
+        )
+        if took.get("complete") == whole and folder.is_dir():
             return
         start = time.perf_counter()
         with self._phase("capture" if name == TEACHER else f"capture of {name}"):
@@ -235,7 +244,7 @@ class Conduct:
                     tree = recipe.to_json() | {"objective": [], "capture": section, "evaluate": self.ledger.base.to_json()["evaluate"]}
                     manifest = capture(parse_recipe(tree, where="capture"), executor=self.executor)
                 took |= {"num_samples": manifest.num_samples, "num_scored": manifest.num_scored, "num_bytes": manifest.num_bytes}
-                took |= {"layers": list(manifest.layers), "complete": digest([list(sources), about])}
+                took |= {"layers": list(manifest.layers), "complete": whole}
             finally:
                 # a capture that was stopped goes on where it was, and so does its clock
                 if world.is_main:
