@@ -43,6 +43,7 @@ def changed_inputs(run: Run, recipe: Recipe) -> str:
     if before is None or not (differing := [key for key, _ in differences(before, inputs_of(recipe))]):
         return ""
     names = {"data": "the files of source.data", "models.student": "student.model", "models.teacher": "the teacher"}
+    names["chosen_by"] = "the cases of train.best.benchmark"
     return " and ".join(f"{names.get(key, key)} changed" for key in differing)
 
 

@@ -12,7 +12,7 @@ from limbeck.recipe import Recipe
 
 def inputs_of(recipe: Recipe) -> dict[str, Any]:
     """SHA-256 of data files, of modules of the user's, and of the models that lie in folders: those of the cache and the hub are told by
-    name and revision. The teacher's only where it is asked."""
+    name and revision. The teacher's only where it is asked. The cases that choose the student decide it, too."""
     found: dict[str, Any] = {"data": files_hash(recipe.source.names)}
     if recipe.plugins:
         found["plugins"] = plugins.contents(recipe.plugins)
@@ -20,6 +20,8 @@ def inputs_of(recipe: Recipe) -> dict[str, Any]:
         found["convert"] = plugins.contents(modules)
     if models := models_of(recipe):
         found["models"] = models
+    if recipe.chosen_by is not None:
+        found["chosen_by"] = recipe.chosen_by.fingerprint()
     return found
 
 

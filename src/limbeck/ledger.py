@@ -145,13 +145,13 @@ class Ledger:
         """The hash of all that decides the run's result, and of nothing else: no paths, settings of speed, processes or benchmarks."""
         recipe = self._at(task)
         tree = what_is_learned(recipe.to_json())
+        tree |= inputs_of(recipe)
         chosen_by = recipe.chosen_by
         if chosen_by is not None:
             tree["chosen_by"] = self._identity(chosen_by)
         else:  # evaluations that choose nothing change nothing
             tree["train"].pop("evaluate_every", None)
         del tree["evaluate"], tree["capture"]
-        tree |= inputs_of(recipe)
         if not asks_teacher(recipe) and not (chosen_by is not None and chosen_by.needs_teacher):
             del tree["teacher"]
         elif self.study.capture:

@@ -118,6 +118,17 @@ def test_finished_run_is_not_trained_again(base: dict[str, Any], tmp_path: Path)
     assert run.metrics_file.stat().st_mtime_ns == before
 
 
+def test_cases_that_choose_must_stay_as_they_were(base: dict[str, Any], tmp_path: Path) -> None:
+    """Scores on other cases do not compare, so the best of both would be nothing."""
+    cases = write_jsonl(tmp_path / "cases.jsonl", [{"prompt": "five", "completion": word} for word in ("fox", "dog")])
+    base = base | {"evaluate": [{"type": "bits_per_byte", "data": str(cases)}], "objective": base["objective"][:1]}
+    base["train"] = base["train"] | {"steps": 2, "evaluate_every": 1, "best": {"benchmark": "bits_per_byte"}}
+    _train(base, tmp_path / "run")
+    write_jsonl(cases, [{"prompt": "five", "completion": "lazy"}])
+    with pytest.raises(RunError, match=r"the cases of train\.best\.benchmark changed since this run began"):
+        _train(base, tmp_path / "run")
+
+
 def test_directory_of_another_recipe_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
     _train(base, tmp_path / "run")
     with pytest.raises(RunError, match=r"train\.steps is 6 there, 7 here"):
