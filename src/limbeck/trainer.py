@@ -21,7 +21,7 @@ from limbeck.distributed import World
 from limbeck.divide import divide, whole_student
 from limbeck.errors import ModelError, RunError
 from limbeck.evaluate import Subject
-from limbeck.evaluate.runner import evaluate
+from limbeck.evaluate.runner import evaluate, holds
 from limbeck.first_samples import FirstSamples, settle
 from limbeck.learner import Learner
 from limbeck.log import peak_memory_mb, progress, reset_peak_memory, say, warn
@@ -52,7 +52,7 @@ def train(recipe: Recipe | dict[str, Any] | str | Path, path: str | Path, overri
         distributed.barrier(world)
         if spec.uses("liger"):
             kernels.refuse_cpu(world.device)
-        if run.is_finished:
+        if run.is_finished and holds(run.evals(), recipe.evaluate, recipe.teacher):
             say(f"{path}: already finished with this recipe")
             return run
         tokenizer = load_tokenizer(student_spec.model, student_spec.revision)

@@ -118,6 +118,18 @@ def test_finished_run_is_not_trained_again(base: dict[str, Any], tmp_path: Path)
     assert run.metrics_file.stat().st_mtime_ns == before
 
 
+def test_finished_run_is_graded_again_where_cases_were_edited(base: dict[str, Any], tmp_path: Path) -> None:
+    """Or it would show the scores on the old cases as those of the new."""
+    cases = write_jsonl(tmp_path / "cases.jsonl", [{"prompt": "five", "completion": word} for word in ("fox", "dog")])
+    base = base | {"evaluate": [{"type": "bits_per_byte", "data": str(cases)}], "objective": base["objective"][:1]}
+    run = _train(base, tmp_path / "run")
+    before, metrics, weights = run.evals()["bits_per_byte"], run.metrics(), _weights(run)
+    write_jsonl(cases, [{"prompt": "five", "completion": word} for word in ("fox", "lazy", "answer")])
+    after = _train(base, tmp_path / "run").evals()["bits_per_byte"]
+    assert len(before["items"]) == 2 and len(after["items"]) == 3 and run.is_finished
+    assert run.metrics() == metrics and all(torch.equal(weights[name], value) for name, value in _weights(run).items())
+
+
 def test_cases_that_choose_must_stay_as_they_were(base: dict[str, Any], tmp_path: Path) -> None:
     """Scores on other cases do not compare, so the best of both would be nothing."""
     cases = write_jsonl(tmp_path / "cases.jsonl", [{"prompt": "five", "completion": word} for word in ("fox", "dog")])

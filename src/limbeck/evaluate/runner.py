@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,18 @@ def evaluate_model(
             write_json(folder / f"{result.name}.json", result.to_json())
         results.append(result)
     return results
+
+
+def holds(evals: Mapping[str, dict[str, Any]], benchmarks: Sequence[Benchmark], teacher: Teacher | None) -> bool:
+    """Whether there is a result of each benchmark, of its cases and of the teacher as they are now."""
+    for benchmark in benchmarks:
+        found = evals.get(benchmark.key, {})
+        asked = _told(teacher) if benchmark.needs_teacher and teacher else {}
+        if (found.get("version"), found.get("cases")) != (benchmark.version, benchmark.fingerprint()):
+            return False
+        if any(found.get("subject", {}).get(name) != value for name, value in asked.items()):
+            return False
+    return True
 
 
 def identify(subject: Subject) -> dict[str, Any]:
