@@ -175,6 +175,14 @@ def test_a_model_by_folder(model_dir, write_jsonl, tmp_path, capsys):
     assert len(before) == 3
 
 
+def test_a_run_keeps_no_results_of_another_model(model_dir, write_jsonl, tmp_path):
+    """Its report and its card would show them as those of its student."""
+    write_json(tmp_path / "run" / "run.json", {"status": "finished", "weights_sha256": "0" * 64})
+    with pytest.raises(RunError, match=r"run: holds a run, whose student is another model than .*; choose another folder with --out"):
+        evaluate_model(str(model_dir), [BitsPerByte(data=str(write_jsonl(ROWS)))], out=tmp_path / "run")
+    assert not (tmp_path / "run" / "evals").exists()
+
+
 def test_bad_calls_of_evaluate_model_come_before_the_model_is_loaded(write_jsonl, tmp_path):
     good = BitsPerByte(data=str(write_jsonl(ROWS)))
     with pytest.raises(RecipeError, match="evaluate: found 'bits_per_byte' twice"):

@@ -16,7 +16,7 @@ from limbeck.errors import DataError, RecipeError, RunError
 from limbeck.evaluate.base import Benchmark, Item, Result, Subject
 from limbeck.evaluate.partial import Partial
 from limbeck.log import say
-from limbeck.run import write_json
+from limbeck.run import Run, write_json
 from limbeck.teachers import Teacher
 
 SAME = ("name", "version", "settings", "cases", "subject")
@@ -74,13 +74,16 @@ def evaluate_model(
         benchmark.check()
     import torch
 
-    from limbeck.models import load_model, load_tokenizer, verify_head
+    from limbeck.models import load_model, load_tokenizer, verify_head, weights_hash
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(model, revision)
     loaded = load_model(model, dtype, revision, device)
     verify_head(loaded)
     folder = out / "evals" if out is not None else None
+    trained = Run(out).read_json("run.json", {}).get("weights_sha256") if out is not None else None
+    if trained is not None and weights_hash(dict(loaded.named_parameters())) != trained:
+        raise RunError(f"{out}: holds a run, whose student is another model than {model!r}; choose another folder with --out")
     results = []
     for result in evaluate(benchmarks, Subject(loaded, tokenizer, device, teacher), folder):
         if folder is not None:
