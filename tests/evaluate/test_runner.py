@@ -175,6 +175,22 @@ def test_a_model_by_folder(model_dir, write_jsonl, tmp_path, capsys):
     assert len(before) == 3
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_folder_that_was_changed_is_graded_anew(make_model_dir, write_jsonl, tmp_path, file):
+    """The weights and the vocabulary are those that they were; what comes of them is not."""
+    benchmarks = [BitsPerByte(data=str(write_jsonl(ROWS)))]
+    folder = make_model_dir()
+    (first,) = evaluate_model(str(folder), benchmarks, out=tmp_path / "out")
+    tree = json.loads((folder / file).read_text())
+    if file == "config.json":
+        tree["rms_norm_eps"] = 0.5
+    else:
+        tree["model"]["merges"] = tree["model"]["merges"][:20]
+    (folder / file).write_text(json.dumps(tree))
+    (second,) = evaluate_model(str(folder), benchmarks, out=tmp_path / "out")
+    assert first.metrics != second.metrics
+
+
 def test_a_run_keeps_no_results_of_another_model(model_dir, write_jsonl, tmp_path):
     """Its report and its card would show them as those of its student."""
     write_json(tmp_path / "run" / "run.json", {"status": "finished", "weights_sha256": "0" * 64})

@@ -94,6 +94,8 @@ class Subject:
     device: str = "cpu"
     teacher: Teacher | None = None
     done: Mapping[str, Item] = field(default_factory=dict)
+    content: str | None = None
+    """SHA-256 of the folder that it comes from, where somebody may have changed that: its configuration, how its tokenizer splits."""
 
 
 class Benchmark(Family):

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from limbeck.cache import model_content
 from limbeck.errors import DataError, RecipeError, RunError
 from limbeck.evaluate.base import Benchmark, Item, Result, Subject
 from limbeck.evaluate.partial import Partial
@@ -85,7 +86,7 @@ def evaluate_model(
     if trained is not None and weights_hash(dict(loaded.named_parameters())) != trained:
         raise RunError(f"{out}: holds a run, whose student is another model than {model!r}; choose another folder with --out")
     results = []
-    for result in evaluate(benchmarks, Subject(loaded, tokenizer, device, teacher), folder):
+    for result in evaluate(benchmarks, Subject(loaded, tokenizer, device, teacher, content=model_content(model)), folder):
         if folder is not None:
             write_json(folder / f"{result.name}.json", result.to_json())
         results.append(result)
@@ -105,7 +106,7 @@ def holds(evals: Mapping[str, dict[str, Any]], benchmarks: Sequence[Benchmark], 
 
 
 def identify(subject: Subject) -> dict[str, Any]:
-    """What decides a model's answers: its weights, its vocabulary and its chat template."""
+    """What decides a model's answers: its weights, its vocabulary, its chat template, and what else is known to lie in its folder."""
     from limbeck.models import weights_hash
     from limbeck.tokens.identity import template_hash, vocabulary_hash
 
@@ -113,6 +114,7 @@ def identify(subject: Subject) -> dict[str, Any]:
         "weights_sha256": weights_hash(dict(subject.model.named_parameters())),
         "vocabulary_sha256": vocabulary_hash(subject.tokenizer),
         "template_sha256": template_hash(subject.tokenizer),
+        **({"content": subject.content} if subject.content else {}),
     }
 
 
