@@ -27,6 +27,14 @@ def make_model(path, config='{"num_hidden_layers": 4, "hidden_size": 32}'):
     return path
 
 
+def test_a_tokenizer_in_text_files_is_content_of_a_model(tmp_path):
+    folder = make_model(tmp_path / "model")
+    (folder / "merges.txt").write_text("a b")
+    before = cache.model_content(str(folder))
+    (folder / "merges.txt").write_text("a b\nab c")
+    assert cache.model_content(str(folder)) != before
+
+
 # ---- where the cache is
 
 

@@ -17,7 +17,7 @@ from limbeck.errors import DataError, ModelError, nearest
 
 MAX_HEADER = 100_000_000
 """Bytes of a safetensors header, as its own library bounds them."""
-MODEL_FILES = {".safetensors", ".json", ".jinja", ".model"}
+MODEL_FILES = {".safetensors", ".json", ".jinja", ".txt", ".model"}
 """Of a model's folder, what decides what it does: weights, configuration, tokenizer, chat template."""
 CONFIGS = {"config.json", "generation_config.json"}
 
