@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from captures import ROWS, samples_of
@@ -23,7 +24,7 @@ from limbeck.objectives.base import Needs
 from limbeck.store.distillkit import Current, Files, Legacy, Row, read_settings
 from limbeck.store.inspect import lines, summary
 from limbeck.store.manifest import read_manifest
-from limbeck.teachers import ModelTeacher, StoreTeacher
+from limbeck.teachers import DistillKitTeacher, ModelTeacher, StoreTeacher
 from limbeck.tokens.pad import pad
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -54,6 +55,17 @@ def test_the_kept_samples_are_read_as_they_were_written(codec):
         assert np.abs(values[:-1] - np.take_along_axis(log_probs, order, 1)).max() < 0.1
         # what was kept exactly is off by the rounding of its type
         assert np.abs(values[:-1, 1:4] - np.take_along_axis(log_probs, order, 1)[:, 1:4]).max() < 0.02
+
+
+def test_a_capture_that_was_made_anew_is_another_teacher(tmp_path):
+    """In the same folder, under the same name: a run that has begun with the old one does not go on with it."""
+    folder = tmp_path / "capture"
+    shutil.copytree(FIXTURES / "distillkit-current", folder)
+    before = DistillKitTeacher(path=str(folder), tokenizer="its").content()
+    assert before == DistillKitTeacher(path=str(FIXTURES / "distillkit-current"), tokenizer="its").content()
+    file = next(folder.glob("*.parquet"))
+    pq.write_table(pq.read_table(file).slice(1), file)
+    assert DistillKitTeacher(path=str(folder), tokenizer="its").content() not in (before, None)
 
 
 @pytest.mark.parametrize("changes", VARIANTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from limbeck.cache import resolve_tokenizer
+from limbeck.cache import files_hash, resolve_tokenizer
 from limbeck.errors import ModelError, StoreError
 from limbeck.objectives.base import Needs
 from limbeck.store.distillkit import MASS_ERROR, Files, Legacy, Row, Settings, read_settings
@@ -55,6 +56,10 @@ class DistillKitTeacher(ToldTeacher):
     def check(self) -> None:
         resolve_tokenizer(self.tokenizer)
         Files(self.path, self.codec)
+
+    def content(self) -> str:
+        files = files_hash([str(file) for file in Files(self.path, self.codec).paths])
+        return hashlib.sha256(f"{files} {self.codec!r}".encode()).hexdigest()
 
     def open(self, tokenizer: Any, needs: Needs, device: str = "cpu") -> DistillKitScorer:
         from limbeck.models import load_tokenizer
