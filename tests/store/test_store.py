@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from captures import ALL, LAYERS, SHORT, assert_same, conversation, names, run, samples_of, signals
@@ -12,6 +14,7 @@ from helpers import save_model, tiny_model, write_jsonl
 from limbeck.errors import StoreError
 from limbeck.objectives.base import Needs
 from limbeck.objectives.head import Head
+from limbeck.store.hidden import HiddenCodec
 from limbeck.store.manifest import read_manifest, write_manifest
 from limbeck.store.plan import once
 from limbeck.store.reader import StoreReader
@@ -33,6 +36,15 @@ def test_the_store_describes_itself(captured, teacher_dir, tokenizer):
     assert names(captured) == ["head.safetensors", "manifest.json", *(f"shard-0000{i}.parquet" for i in range(4))]
     assert manifest.num_bytes == sum(file.stat().st_size for file in captured.iterdir() if file.name != "manifest.json")
     assert {"torch", "transformers"} <= set(manifest.packages)
+
+
+def test_states_that_are_kept_otherwise_come_from_another_teacher(captured, tmp_path):
+    """A run that has begun with the one does not go on with the other."""
+    shutil.copytree(captured, tmp_path / "store")
+    content = StoreTeacher(path=str(captured)).content()
+    assert StoreTeacher(path=str(tmp_path / "store")).content() == content
+    write_manifest(tmp_path / "store", read_manifest(captured).model_copy(update={"hidden": HiddenCodec.members["bfloat16"]()}))
+    assert StoreTeacher(path=str(tmp_path / "store")).content() != content
 
 
 def test_counts_are_those_of_the_data(captured, data, tokenizer):

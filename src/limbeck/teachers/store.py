@@ -40,7 +40,7 @@ class StoreTeacher(Teacher):
     def content(self) -> str:
         """Of which teacher it is, and how it was kept; it may hold more conversations than before."""
         manifest = read_manifest(self.path)
-        known = manifest.model_dump(mode="json", include={"teacher", "codec", "head", "model"})
+        known = manifest.model_dump(mode="json", include={"teacher", "codec", "head", "model", *(["hidden"] if manifest.layers else [])})
         if manifest.teacher.weights_sha256:
             del known["teacher"]["name"], known["teacher"]["revision"]
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
