@@ -116,6 +116,17 @@ def test_a_lead_is_found_and_the_study_checks_out(tmp_path):
     assert json.loads(json.dumps(its.to_json()))["comparisons"][0]["outcome"] == "BEATS"
 
 
+def test_runs_that_were_asked_other_cases_are_not_judged(tmp_path):
+    """A study that goes on after its cases were edited has results on both for a while: their items have the same ids."""
+    path = study(tmp_path / "s", SOUND)
+    for seed in (2, 3, 4):
+        file = path / "arms" / "logits" / f"seed-{seed}" / "evals" / "sums.json"
+        fake.write_json(file, json.loads(file.read_text()) | {"cases": "edited"})
+    assert judge(collect(path)).verdicts["logits", "sft"].num_seeds == 2
+    fake.write_json(path / "references" / "teacher" / "evals" / "sums.json", result(0.9, 0, key="teacher") | {"cases": "edited"})
+    assert judge(collect(path)).gaps == {}
+
+
 def test_the_gap_of_an_arm_is_to_its_own_teacher(tmp_path):
     path = study(tmp_path / "s", SOUND)
     tree = json.loads((path / "study.json").read_text())

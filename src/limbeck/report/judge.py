@@ -12,6 +12,7 @@ from typing import Any, Literal
 from limbeck.report.collect import Evidence, item_pairs
 from limbeck.report.gap import Gap, gap_recovered
 from limbeck.report.records import RunRecord
+from limbeck.report.summary import comparable
 from limbeck.report.verdict import Comparison, Run, Verdict, verdicts
 
 State = Literal["sound", "void", "powerless", "unchecked"]
@@ -66,7 +67,10 @@ def judge(evidence: Evidence) -> Judgement | None:
     if (benchmark, metric) not in examples:
         return None
     up, margin, alpha = examples[benchmark, metric]["higher_is_better"], primary["margin"], primary["alpha"]
-    runs = {arm: measured for arm, its in evidence.finished.items() if (measured := _by_seed(its, benchmark, metric))}
+    finished = evidence.finished
+    results = [run.evals[benchmark] for arm in (baseline, *finished) for run in finished.get(arm, []) if benchmark in run.evals]
+    asked = results[0] if results else {}
+    runs = {arm: measured for arm, its in finished.items() if (measured := _by_seed(its, benchmark, metric, asked))}
     pairs = [(arm, other) for arm, other in evidence.judged["compared"]]
     matched = {pair: _matched(runs.get(pair[0], {}), runs.get(pair[1], {}), up) for pair in pairs}
     ready = {f"{arm} and {other}": (arm, other) for (arm, other), its in matched.items() if its.ours}
@@ -78,8 +82,9 @@ def judge(evidence: Evidence) -> Judgement | None:
     found = verdicts({name: matched[pair] for name, pair in ready.items()}, margin, alpha) if ready else {}
     gaps = {}
     for arm in runs:
-        teacher = item_pairs(evidence.references.get(evidence.teacher_of(arm), {}), benchmark, metric)
-        if not teacher:
+        its_teacher = evidence.references.get(evidence.teacher_of(arm), {})
+        teacher = item_pairs(its_teacher, benchmark, metric)
+        if not teacher or not comparable(its_teacher[benchmark], asked):
             continue
         its = _matched(runs[arm], runs.get(baseline, {}), up)
         if its.ours and its.is_paired and arm != baseline and evidence.about.get(arm, {}).get("role", "arm") == "arm":
@@ -98,9 +103,11 @@ def judge(evidence: Evidence) -> Judgement | None:
     )
 
 
-def _by_seed(runs: Sequence[RunRecord], benchmark: str, metric: str) -> dict[int, Run]:
-    """The items of every run that was measured so, by seed in the order of the seeds."""
-    found: dict[int, Run] = {run.seed: item_pairs(run.evals, benchmark, metric) for run in runs}
+def _by_seed(runs: Sequence[RunRecord], benchmark: str, metric: str, asked: dict[str, Any]) -> dict[int, Run]:
+    """The items of every run that was measured so, by seed in the order of the seeds. A study that goes on after its cases were edited has
+    runs that were `asked` others."""
+    same = [run for run in runs if comparable(run.evals.get(benchmark, {}), asked)]
+    found: dict[int, Run] = {run.seed: item_pairs(run.evals, benchmark, metric) for run in same}
     return {seed: items for seed, items in found.items() if items}
 
 

@@ -120,7 +120,7 @@ def differences(evidence: Evidence) -> list[Difference]:
 def _difference(ours: list[RunRecord], theirs: list[RunRecord], benchmark: str, metric: str, up: bool) -> Difference | None:
     by_seed = {run.seed: run.evals for run in theirs if metric in run.evals.get(benchmark, {}).get("metrics", {})}
     pairs = [(run.evals, by_seed[run.seed]) for run in ours if run.seed in by_seed and metric in _metrics(run.evals, benchmark)]
-    pairs = [(a, b) for a, b in pairs if _comparable(a[benchmark], b[benchmark])]
+    pairs = [(a, b) for a, b in pairs if comparable(a[benchmark], b[benchmark])]
     values = [
         (_metrics(a, benchmark)[metric]["value"], _metrics(b, benchmark)[metric]["value"])
         for a, b in pairs
@@ -151,7 +151,7 @@ def _metrics(evals: dict[str, dict[str, Any]], benchmark: str) -> dict[str, Any]
     return dict(evals.get(benchmark, {}).get("metrics", {}))
 
 
-def _comparable(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+def comparable(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     """Results of another version, other settings or other cases of a benchmark are never compared."""
     return all(ours.get(key) == theirs.get(key) for key in ("version", "settings", "cases"))
 
