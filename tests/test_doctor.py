@@ -122,6 +122,18 @@ def test_markers_that_a_head_never_learned_are_found(pair: dict[str, Any], tmp_p
     assert findings["markers to the student"].level == findings["markers to the teacher"].level == "ok"
 
 
+def test_rows_of_zeros_were_never_learned(pair: dict[str, Any], tmp_path: Path, tokenizer: Any) -> None:
+    """They point nowhere, so no cosine tells that they are alike."""
+    end, other = tokenizer.convert_tokens_to_ids("<|im_end|>"), len(tokenizer) + 2
+    model = helpers.tiny_model(tied=False)
+    with torch.no_grad():
+        model.lm_head.weight[[end, other]] = 0.0
+    folder = helpers.save_model(tmp_path / "zeros", model, tokenizer)
+    finding = found(pair | {"student": {"model": str(folder), "lora": {"rank": 2}}})["markers to the student"]
+    assert finding.level == "warning" and f"'<|im_end|>' from the unused id {other}" in finding.message, finding
+    assert [each["token"] for each in finding.detail["unlearned"]] == [end]
+
+
 def test_a_head_that_is_not_to_be_told_is_unknown(pair: dict[str, Any], tmp_path: Path, tokenizer: Any) -> None:
     folder = helpers.save_model(tmp_path / "torn", helpers.tiny_model(), tokenizer)
     (folder / "model.safetensors").unlink()

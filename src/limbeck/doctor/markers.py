@@ -100,10 +100,13 @@ def _nearest(file: Path, name: str, rows: int, tokens: Sequence[int]) -> Iterato
         return
     with safe_open(str(file), "pt") as weights:
         head = weights.get_slice(name)
-        ours = normalize(torch.cat([head[token : token + 1] for token in tokens]).float())
+        ours = torch.cat([head[token : token + 1] for token in tokens]).float()
+        ours, is_zero = normalize(ours), ~ours.any(dim=1)
         best, where = torch.full((len(tokens),), -2.0), torch.zeros(len(tokens), dtype=torch.long)
         for start in range(0, rows, BLOCK):
-            cosines = ours @ normalize(head[start : start + BLOCK].float()).T
+            block = head[start : start + BLOCK].float()
+            cosines = ours @ normalize(block).T
+            cosines[is_zero[:, None] & ~block.any(dim=1)] = 1.0  # rows of zeros have no direction, and give one logit
             for i, token in enumerate(tokens):
                 if start <= token < start + BLOCK:
                     cosines[i, token - start] = -2.0  # itself
