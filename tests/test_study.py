@@ -23,6 +23,7 @@ from limbeck.conduct import run_study
 from limbeck.errors import LimbeckError, RecipeError, RunError
 from limbeck.ledger import Ledger, Task
 from limbeck.protocol import declared_primary
+from limbeck.report.page import build_report
 from limbeck.report.records import RunRecord
 from limbeck.run import Run
 from limbeck.study import Study, digest, load_study
@@ -253,6 +254,21 @@ def test_only_what_was_changed_runs_again(copied, make_study, trained, changes, 
         trained.clear()
         run_study(make_study(), copied)
         assert not trained, "the study as it was is recorded still"
+
+
+@pytest.mark.parametrize("stopped_in", ["the run's first step", "nothing at all"])
+def test_a_report_of_a_study_that_was_stopped_shows_no_run_of_the_arm_as_it_was(copied, make_study, monkeypatch, stopped_in):
+    def stopped(recipe: Any, path: Path) -> Run:
+        if stopped_in != "nothing at all":
+            Run(path).write_json("recipe.json", recipe.to_json())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(limbeck.trainer, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(make_study(arms=ARMS | {"logits": {"objective": [{"type": "ce"}, {"type": "logits", "weight": 3}]}}), copied)
+    figures = json.loads(build_report(copied).json.read_text())
+    measured = {arm for arm, scores in figures["scores"].items() if scores}
+    assert "logits" not in measured and {"sft", "hidden"} <= measured
 
 
 def test_what_only_changes_the_speed_runs_nothing_again(copied, make_study, trained):

@@ -272,6 +272,7 @@ def run_study(study: Study, path: Path | str, results: Path | str | None = None,
     require_files_of_arms(ledger)
     if is_main_process():
         protocol.claim(study, ledger.path, ledger.results)
+        ledger.index()  # of the study as it is now, should this one be stopped
     if not ledger.is_finished:
         from limbeck import distributed
 

@@ -16,7 +16,7 @@ from typing import Any
 from limbeck.errors import RunError
 from limbeck.report.records import FOLDER, RunRecord, checked, of_run, read_record
 from limbeck.report.stats import Pair
-from limbeck.run import Run
+from limbeck.run import Run, what_is_learned
 
 TEACHER_NLL = "teacher_nll"
 """A metric that says nothing of the model that was graded: it is kept for the comparison with the teacher, and out of the tables."""
@@ -190,7 +190,8 @@ def _study(here: Run) -> Evidence:
     arms: dict[str, list[RunRecord]] = {}
     for arm in study["recipes"]:
         recorded = index.get("arms", {}).get(arm, {})
-        found = [_run_of(here.path, arm, seed, recorded.get(str(seed))) for seed in about.get(arm, {}).get("seeds", study["seeds"])]
+        seeds = about.get(arm, {}).get("seeds", study["seeds"])
+        found = [_run_of(here.path, arm, seed, recorded.get(str(seed)), study["recipes"][arm]) for seed in seeds]
         arms[arm] = [record for record in found if record is not None]
     evidence = Evidence(
         path=here.path,
@@ -210,12 +211,19 @@ def _study(here: Run) -> Evidence:
     return replace(evidence, captures=captures, references=_references(here, index, evidence.teachers) if study.get("references") else {})
 
 
-def _run_of(path: Path, arm: str, seed: int, recorded: str | None) -> RunRecord | None:
-    """The record that the index names, or what lies in the run's directory so far."""
+def _run_of(path: Path, arm: str, seed: int, recorded: str | None, recipe: dict[str, Any]) -> RunRecord | None:
+    """The record that the index names, or what lies in the run's directory so far, if that is of the arm as it is now."""
     if recorded is not None and (file := path / FOLDER / Path(recorded).name).is_file():
         return read_record(file)
     folder = path / "arms" / arm / f"seed-{seed}"
-    return of_run(folder, arm, seed) if (folder / "recipe.json").is_file() else None
+    return of_run(folder, arm, seed) if _is_of(recipe, Run(folder).read_json("recipe.json", {})) else None
+
+
+def _is_of(recipe: dict[str, Any], there: dict[str, Any]) -> bool:
+    """Whether a run was made of an arm's recipe, as far as the study does not change it: teachers are captured, rates are tuned."""
+    arm, run = ({"train": {}, **what_is_learned(tree)} for tree in (recipe, there))
+    train = [{key: value for key, value in tree["train"].items() if key != "optimizer"} for tree in (arm, run)]
+    return train[0] == train[1] and all(arm.get(key) == run.get(key) for key in ("source", "objective"))
 
 
 def _references(here: Run, index: dict[str, Any], teachers: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
