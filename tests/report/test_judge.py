@@ -88,6 +88,7 @@ def study(path: Path, shares: dict[str, float], seeds: int = 5, amendments: list
     for arm in arms:
         for seed in about[arm]["seeds"]:
             folder = fake.run(path / "arms" / arm / f"seed-{seed}", "sft", seed)
+            fake.write_json(folder / "recipe.json", recipes[arm] | {"seed": seed})
             for file in (folder / "evals").iterdir():
                 file.unlink()
             fake.write_json(folder / "evals" / "sums.json", result(shares[arm], seed, key=arm))
@@ -226,7 +227,8 @@ def test_budgets_are_compared_in_what_is_not_declared_to_differ(tmp_path):
         ({"initial_weights_sha256": "c" * 64, "data_sha256": "c" * 64}, False),
     ):
         for seed in range(5):
-            fake.run(path / "arms" / "logits" / f"seed-{seed}", "sft", seed, **changes)
+            folder = fake.run(path / "arms" / "logits" / f"seed-{seed}", "sft", seed, **changes)
+            fake.write_json(folder / "recipe.json", declared["recipes"]["logits"])
         build_report(path)
         budgets = json.loads((path / "report.json").read_text())["budgets"]
         assert budgets["equal"] is equal
