@@ -189,7 +189,7 @@ def test_another_base_under_the_same_name_is_refused_on_resume(tree: dict[str, A
     run = limbeck.train(tree, tmp_path / "run", ["train.checkpoint_every=1"])
     run.write_json("run.json", {"status": "running"})
     save_model(tmp_path / "model", tiny_model(seed=2), tokenizer)
-    with pytest.raises(RunError, match="student.model changed since this run began"):
+    with pytest.raises(RunError, match=r"student\.model changed since this run began"):
         limbeck.train(tree, tmp_path / "run", ["train.checkpoint_every=1"])
     about = run.read_json("data.json")
     del about["inputs"]  # of one from the hub, nothing is known by content but its weights
