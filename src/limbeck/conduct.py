@@ -146,7 +146,7 @@ class Conduct:
         was = run.read_json(KEY, {}).get("key", key)
         if there and (was != key or differences(what_is_learned(there), what_is_learned(recipe.to_json())) or changed_inputs(run, recipe)):
             aside = self.path / "replaced" / f"{run.path.parent.name}-{run.path.name}-{digest([there, was])[:8]}"
-            say(f"{run.path}: the arm was changed since; this run is kept in {aside}")
+            say(f"{run.path}: the arm, or what it is made from, was changed since; this run is kept in {aside}")
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(parents=True, exist_ok=True)
             run.path.rename(aside)
@@ -220,7 +220,7 @@ class Conduct:
         if took.get("about", about) != about:
             if world.is_main and folder.is_dir():
                 aside = self.path / "replaced" / f"{name}-{digest(took['about'])[:8]}"
-                say(f"{folder}: more or other is asked of the teacher than it holds; this capture is kept in {aside}")
+                say(f"{folder}: the teacher is another, or more is asked of it than this holds; this capture is kept in {aside}")
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.parent.mkdir(parents=True, exist_ok=True)
                 folder.rename(aside)
